@@ -1,0 +1,67 @@
+"""What a patch on SGLang is here, and how a set of them is checked and applied."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+SGLANG_VERSION = "0.5.17"
+
+
+class PatchError(RuntimeError):
+    """SGLang is not the one that the patches were written against."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One hook on one function of SGLang.
+
+    `target` is the dotted path of the function, `parameters` its parameter names as the hook knows them (None
+    where the hook passes all of them on unread), `kind` one of "before", "after", "around", "replace" (SGLang's `HookType`), `hook` our function.
+    """
+
+    target: str
+    kind: str
+    parameters: tuple[str, ...] | None
+    hook: Callable[..., Any]
+
+    def check(self) -> None:
+        """Raises PatchError when the target is missing or takes other parameters than the hook expects."""
+        try:
+            function = pkgutil.resolve_name(self.target)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise PatchError(_unknown_sglang(f"{self.target} does not exist")) from error
+        plain = inspect.unwrap(getattr(function, "__func__", function))
+        found = tuple(inspect.signature(plain).parameters)
+        if self.parameters is not None and found != self.parameters:
+            raise PatchError(_unknown_sglang(f"{self.target} takes {found}, not {self.parameters}"))
+
+
+def apply(patches: Iterable[Patch]) -> None:
+    """Checks every patch, then hands them to SGLang's HookRegistry. Applying one twice is a no-op.
+
+    Raises PatchError: SGLang's registry itself only logs a hook that could not be applied, and the server
+    would then run something else than was asked for.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    new = [patch for patch in patches if patch.target not in HookRegistry._patched]
+    for patch in new:
+        patch.check()
+    for patch in new:
+        HookRegistry.register(patch.target, patch.hook, HookType(patch.kind))
+    HookRegistry.apply_hooks()
+    missing = [patch.target for patch in new if patch.target not in HookRegistry._patched]
+    if missing:
+        raise PatchError(_unknown_sglang(f"could not patch {', '.join(missing)}"))
+
+
+def _unknown_sglang(what: str) -> str:
+    return (
+        f"sglang-apb knows SGLang {SGLANG_VERSION}, and {what} in the installed SGLang {version('sglang')}: "
+        f"install sglang=={SGLANG_VERSION}, or remove the sglang-apb options from the command line."
+    )

@@ -1,0 +1,49 @@
+"""Target: `GroupCoordinator.__init__`. Reason: with more than one rank it opens pynccl, which needs a GPU.
+
+Applied only on the portable CPU platform, where SGLang could not start otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_apb.patches._patch import Patch
+
+_PARAMETERS = (
+    "self",
+    "group_ranks",
+    "local_rank",
+    "torch_distributed_backend",
+    "use_pynccl",
+    "use_pymscclpp",
+    "use_custom_allreduce",
+    "use_torch_symm_mem_all_reduce",
+    "use_hpu_communicator",
+    "use_xpu_communicator",
+    "use_npu_communicator",
+    "use_message_queue_broadcaster",
+    "group_name",
+    "gloo_timeout",
+    "recovered_rank",
+    "rank_offset",
+    "max_world_size",
+)
+_GPU_COMMUNICATORS = frozenset(
+    name for name in _PARAMETERS if name.startswith("use_") and name != "use_message_queue_broadcaster"
+)
+
+
+def _without_gpu_communicators(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    named = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+    coordinator = named.pop("self")
+    return (coordinator,), named | dict.fromkeys(_GPU_COMMUNICATORS, False)
+
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.distributed.parallel_state.GroupCoordinator.__init__",
+        kind="before",
+        parameters=_PARAMETERS,
+        hook=_without_gpu_communicators,
+    ),
+)

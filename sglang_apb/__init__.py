@@ -1,0 +1,3 @@
+"""sglang-apb: APB sparse-attention prefill and direct KV transfer, as a plugin of SGLang 0.5.17."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,48 @@
+"""`sglang-apb`: the command line. One module of `sglang_apb.commands` a command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sglang_apb import __version__
+from sglang_apb.commands import CommandError
+
+COMMANDS = {
+    "model": "sglang_apb.commands.model",
+    "launch": "sglang_apb.commands.launch",
+    "demo": "sglang_apb.commands.demo",
+    "eval": "sglang_apb.commands.eval",
+    "doctor": "sglang_apb.commands.doctor",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command; `args.run` is the chosen command's function."""
+    parser = argparse.ArgumentParser(prog="sglang-apb", description="APB prefill for SGLang: tools around it.")
+    parser.add_argument("--version", action="version", version=f"sglang-apb {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module_name in COMMANDS.items():
+        module = import_module(module_name)
+        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit status: 0, 1 for a CommandError, 2 for a bad command line."""
+    args = build_parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print(f"sglang-apb {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

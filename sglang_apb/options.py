@@ -1,0 +1,123 @@
+"""The plugin's command line: which options there are, and which SGLang options cannot go with them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_apb import backends, config
+
+# ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
+_REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "enable_mixed_chunk": ((False,), "--enable-mixed-chunk", "it merges decodes into the prefill batch"),
+    "enable_lora": ((None, False), "--enable-lora", "adapters are loaded per tensor-parallel rank"),
+    "speculative_algorithm": ((None,), "--speculative-algorithm", "the draft model needs exact hidden states"),
+    "pp_size": ((1,), "--pp-size", "a prompt is laid out over ranks that each hold every layer"),
+    "dp_size": ((1,), "--dp-size", "start one server a replica, and the router in front"),
+    "enable_dp_attention": ((False,), "--enable-dp-attention", "it splits requests where we split the prompt"),
+    "dcp_size": ((1,), "--dcp-size", "the KV of a decoding request must stand on one rank"),
+    "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "a sparse prompt's KV is not reusable"),
+    "enable_lmcache": ((False,), "--enable-lmcache", "a sparse prompt's KV is not reusable"),
+    "enable_prefill_cp": ((False,), "--enable-prefill-cp", "use --sp-size"),
+    "enable_pdmux": ((False,), "--enable-pdmux", "it splits the prefill's layers into several forwards"),
+    "enable_two_batch_overlap": ((False,), "--enable-two-batch-overlap", "a sparse prompt is alone in its batch"),
+    "dllm_algorithm": ((None,), "--dllm-algorithm", "diffusion models have no prefill"),
+    "enable_hisparse": ((False,), "--enable-hisparse", "it keeps part of the KV off the GPU"),
+    "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
+    "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
+}
+
+# Dense decoders whose layers call one attention with per-head K and V, as SGLang names them.
+MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class OptionError(ValueError):
+    """Options that cannot work together, or on this machine; the text says which and what to do."""
+
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """What the command line says of us. `backend` None: no option of ours was used."""
+
+    backend: str | None = None
+    sp_size: int = 1
+    config_text: str | None = None
+
+    @property
+    def is_set(self) -> bool:
+        return self.backend is not None
+
+    def check(self) -> None:
+        """What can be checked before SGLang resolves its own arguments. Raises OptionError, ConfigError."""
+        if self.backend is None and (self.sp_size != 1 or self.config_text is not None):
+            raise OptionError("--sp-size and --prefill-backend-config need --prefill-backend, for example apb")
+        if self.sp_size < 1:
+            raise OptionError(f"--sp-size must be at least 1, not {self.sp_size}")
+        if self.backend is not None:
+            backends.check_name(self.backend)
+            config.parse(self.config_text)
+
+
+def add_to_parser(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sglang-apb")
+    group.add_argument(
+        "--prefill-backend",
+        choices=backends.NAMES,
+        default=None,
+        help="Prefill long prompts with this method; shorter ones and decode stay SGLang's.",
+    )
+    group.add_argument(
+        "--sp-size",
+        type=int,
+        default=1,
+        help="Sequence-parallel ranks that share one prompt's prefill; each holds the whole model.",
+    )
+    group.add_argument(
+        "--prefill-backend-config",
+        default=None,
+        help="JSON object or file with the method's lengths. " + config.describe().replace("%", "%%"),
+    )
+
+
+def check_server_args(server_args: Any, options: PrefillOptions) -> None:
+    """Refuses, after SGLang resolved them, options that would silently disable or break the layout.
+
+    Raises OptionError with one sentence.
+    """
+    for field, (allowed, option, why) in _REFUSED_FIELDS.items():
+        value = getattr(server_args, field)
+        if value not in allowed:
+            raise OptionError(
+                f"{option} ({value!r}) does not go with --prefill-backend {options.backend}: {why}; leave it out"
+            )
+    if server_args.disaggregation_mode == "decode":
+        raise OptionError(
+            f"--prefill-backend {options.backend} belongs on the prefill server: a decode server does no prefill, "
+            "leave it out there"
+        )
+    _check_model(server_args)
+    _check_gpus(server_args, options)
+
+
+def _check_model(server_args: Any) -> None:
+    architectures = server_args.get_model_config().hf_config.architectures or ["unknown"]
+    if architectures[0] not in MODEL_FAMILIES:
+        raise OptionError(
+            f"--prefill-backend does not support {architectures[0]} ({server_args.model_path}); "
+            f"supported: {', '.join(MODEL_FAMILIES)}"
+        )
+
+
+def _check_gpus(server_args: Any, options: PrefillOptions) -> None:
+    if server_args.device != "cuda":
+        return
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    needed = server_args.base_gpu_id + options.sp_size * server_args.gpu_id_step
+    if needed > num_gpus:
+        raise OptionError(
+            f"--sp-size {options.sp_size} needs {options.sp_size} GPUs from number {server_args.base_gpu_id} on, and "
+            f"this machine has {num_gpus}: use --sp-size {max(num_gpus - server_args.base_gpu_id, 1)} or less"
+        )

@@ -1,0 +1,87 @@
+"""Serving on a CPU without AMX, with PyTorch's own operators.
+
+SGLang's CPU engine needs AMX instructions. As an out-of-tree platform, SGLang asks this class for every part
+that would otherwise be chosen by hardware.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+# When the user names no sizes. Prefill, decode and router of a small cluster must fit on one machine, and the
+# KV pool is written once at start: 32K tokens take 2 s.
+DEFAULT_MEM_FRACTION = 0.4
+DEFAULT_MAX_TOTAL_TOKENS = 32768
+
+
+class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Out-of-tree platform for `--device cpu` on any x86 or Arm machine."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_device(self, local_rank: int = 0) -> str:  # type: ignore[override]
+        # ServerArgs.device must be a string; all ranks share the one CPU device.
+        return "cpu"
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Fills in what a CPU server needs and the user left out."""
+        if server_args.attention_backend == "intel_amx":  # SGLang's CPU default, set just before this call
+            server_args.attention_backend = "torch_native"
+        if server_args.mem_fraction_static is None:
+            server_args.mem_fraction_static = round(DEFAULT_MEM_FRACTION / server_args.tp_size, 3)
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+        _share_cores(server_args.tp_size)
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_mha_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+        return MHATokenToKVPool
+
+    def get_mla_kv_pool_cls(self) -> type:
+        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+        return MLATokenToKVPool
+
+    def get_paged_allocator_cls(self) -> type:
+        return _token_or_paged_allocator  # type: ignore[return-value]
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        return "eager"
+
+    def is_pin_memory_available(self, device: Any = None) -> bool:
+        return False
+
+
+def _token_or_paged_allocator(size: int, *, page_size: int, **kwargs: Any) -> Any:
+    """SGLang asks a platform for one allocator class, whatever the page size."""
+    from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+
+    if page_size == 1:
+        return TokenToKVPoolAllocator(size, **kwargs)
+    from sglang_apb.platform.paged_allocator import CpuPagedAllocator
+
+    return CpuPagedAllocator(size, page_size=page_size, **kwargs)
+
+
+def _share_cores(num_ranks: int) -> None:
+    """Gives each rank an equal share of this process's cores, through variables the rank processes inherit.
+
+    OMP_NUM_THREADS is read when a rank starts; SGLang refuses more ranks than NUMA nodes unless
+    SGLANG_CPU_OMP_THREADS_BIND names one core set a rank.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    per_rank = max(1, len(cores) // num_ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(per_rank))
+    shares = [cores[rank * per_rank % len(cores) :][:per_rank] for rank in range(num_ranks)]
+    os.environ.setdefault(
+        "SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares)
+    )

@@ -1,0 +1,35 @@
+"""What SGLang finds when sglang-apb is installed, and what each option adds. A table of contents of `patches/`.
+
+Stage 1, `register`: SGLang calls it in every process before it reads its command line. It adds our options
+and listens for ServerArgs; nothing else of SGLang is touched.
+Stage 2, `install`: called once the server's arguments are known, in the parent and in every rank process,
+and only when an option of ours is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register() -> None:
+    """Entry point of group `sglang.srt.plugins`."""
+    from sglang_apb.patches import _patch, scheduler_process, server_args
+
+    _patch.apply((*server_args.PATCHES, *scheduler_process.PATCHES))
+
+
+def install(server_args: Any) -> None:
+    """Applies the patches that `server_args` asks for. Raises PatchError when SGLang is not the known one."""
+    from sglang_apb.patches import _patch
+
+    _patch.apply(_wanted_patches(server_args))
+
+
+def _wanted_patches(server_args: Any) -> list[Any]:
+    from sglang_apb.patches import portable_cpu
+    from sglang_apb.platform import is_portable_cpu
+
+    wanted: list[Any] = []
+    if is_portable_cpu():
+        wanted += portable_cpu.PATCHES
+    return wanted

@@ -1,0 +1,3 @@
+"""Which tokens of a block are worth handing on: one file a scorer."""
+
+SELECTORS = ("query",)
