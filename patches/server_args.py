@@ -7,6 +7,7 @@ attributes of the instance: they travel to the rank processes in its pickle.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextvars import ContextVar
 from typing import Any
@@ -62,6 +63,8 @@ def _with_sequence_parallel_ranks(kwargs: dict[str, Any], sp_size: int) -> dict[
             raise options_module.OptionError(
                 f"--sp-size {sp_size} does not go with --{name.replace('_', '-')} {kwargs[name]}: leave one of them out"
             )
+    # Ranks that drew different tokens would wait for each other for ever: SGLang can compare them at each step.
+    os.environ["SYNC_TOKEN_IDS_ACROSS_TP"] = "1"
     return kwargs | {"tp_size": sp_size, "attn_cp_size": sp_size}
 
 

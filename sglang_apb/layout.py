@@ -11,6 +11,7 @@ block causally. The question attends to the whole context and, causally, to itse
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,58 @@ class Span:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+
+def num_rows(spans: Iterable[Span]) -> int:
+    return sum(map(len, spans))
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """The rows one rank computes, in this order: [anchor copy | own blocks | question]."""
+
+    anchor_copy: tuple[Span, ...]
+    block_tokens: dict[int, Span]
+    question_tokens: Span
+
+    @cached_property
+    def anchor(self) -> Span:
+        """Rows of the recomputed anchor."""
+        return Span(0, num_rows(self.anchor_copy))
+
+    @cached_property
+    def blocks(self) -> dict[int, Span]:
+        """Rows of each own block."""
+        rows, start = {}, len(self.anchor)
+        for block, tokens in self.block_tokens.items():
+            rows[block] = Span(start, start + len(tokens))
+            start += len(tokens)
+        return rows
+
+    @cached_property
+    def context(self) -> Span:
+        """Rows of all own blocks."""
+        return Span(len(self.anchor), len(self.anchor) + num_rows(self.block_tokens.values()))
+
+    @cached_property
+    def question(self) -> Span:
+        return Span(self.context.end, self.context.end + len(self.question_tokens))
+
+    @property
+    def anchor_question(self) -> Span:
+        """Rows of the question inside the recomputed anchor."""
+        start = len(self.anchor_copy[0])
+        return Span(start, start + len(self.question_tokens))
+
+    @property
+    def tokens(self) -> tuple[Span, ...]:
+        """The prompt's tokens behind the rows."""
+        return (*self.anchor_copy, *self.block_tokens.values(), self.question_tokens)
+
+    @property
+    def positions(self) -> tuple[Span, ...]:
+        """The rows' positions, which RoPE turns them by."""
+        return (self.anchor, *self.block_tokens.values(), self.question_tokens)
 
 
 @dataclass(frozen=True)
@@ -61,9 +114,11 @@ class Layout:
         """Numbers of the blocks that `rank` owns, in the prompt's order."""
         return tuple(i for i, owner in enumerate(self.owners) if owner == rank)
 
-    def anchor_of(self, block: int) -> Span:
-        """The anchor tokens that rows of `block` see: those that stand before the block."""
-        return Span(0, min(self.anchor, self.blocks[block].start))
+    def num_anchor_keys(self, block: int) -> int:
+        """How many anchor keys rows of `block` see: the anchor before the block, or the recomputed one."""
+        if self.recomputed:
+            return num_rows(self.anchor_copy) if block else 0
+        return min(self.anchor, self.blocks[block].start)
 
     def candidates(self, block: int) -> Span:
         """The tokens of `block` that may be handed on: those that no later block sees as anchor."""
@@ -76,13 +131,33 @@ class Layout:
             return 0
         return min(self.passing, len(self.candidates(block)))
 
-    @cached_property
-    def anchor_rows(self) -> tuple[int, ...]:
-        """Prompt positions of the recomputed anchor's rows: head, question, rest; empty when shared."""
+    @property
+    def anchor_copy(self) -> tuple[Span, ...]:
+        """The recomputed anchor's tokens in the order of its rows: head, question, rest; empty when shared.
+
+        Its rows stand at positions 0, 1, 2, ... (APB, modeling_llama.py:1246-1257).
+        """
         if not self.recomputed:
             return ()
         head = min(ANCHOR_HEAD, self.anchor)
-        return (*range(head), *range(self.context_end, self.num_tokens), *range(head, self.anchor))
+        return (Span(0, head), self.question, Span(head, self.anchor))
+
+    def rows_of(self, rank: int) -> RankRows:
+        """The rows that `rank` computes."""
+        return RankRows(self.anchor_copy, {i: self.blocks[i] for i in self.blocks_of(rank)}, self.question)
+
+    def owner_runs(self, span: Span) -> list[tuple[int, Span]]:
+        """`span` of the context cut where the owning rank changes: (rank, tokens), in order."""
+        runs: list[tuple[int, Span]] = []
+        for owner, block in zip(self.owners, self.blocks, strict=True):
+            start, end = max(span.start, block.start), min(span.end, block.end)
+            if start >= end:
+                continue
+            if runs and runs[-1][0] == owner:
+                runs[-1] = (owner, Span(runs[-1][1].start, end))
+            else:
+                runs.append((owner, Span(start, end)))
+        return runs
 
     @cached_property
     def attention_pairs(self) -> int:
@@ -90,11 +165,10 @@ class Layout:
         pairs = 0
         handed_on = 0
         for i, span in enumerate(self.blocks):
-            before = (len(self.anchor_rows) if i else 0) if self.recomputed else len(self.anchor_of(i))
-            pairs += len(span) * (before + handed_on) + _triangle(len(span))
+            pairs += len(span) * (self.num_anchor_keys(i) + handed_on) + _triangle(len(span))
             handed_on += self.num_passing(i)
         pairs += len(self.question) * self.context_end + _triangle(len(self.question))
-        return pairs + self.num_ranks * _triangle(len(self.anchor_rows))
+        return pairs + self.num_ranks * _triangle(num_rows(self.anchor_copy))
 
     @property
     def attention_share(self) -> float:
@@ -123,8 +197,8 @@ def plan(
     Block borders are page borders; the question grows by up to a page to make it so.
     Raises LayoutError when the question leaves no whole page of context.
     """
-    wanted = question_tokens or config.question_tokens or min(DEFAULT_QUESTION_TOKENS, num_tokens // 4)
-    context_end = (num_tokens - max(wanted, 1)) // page_size * page_size
+    wanted = question_tokens or num_question_tokens(num_tokens, config)
+    context_end = (num_tokens - wanted) // page_size * page_size
     if context_end <= 0:
         raise LayoutError(
             f"question_tokens={wanted} leaves no context in a prompt of {num_tokens} tokens: "
@@ -146,6 +220,11 @@ def plan(
         num_ranks=num_ranks,
         recomputed=recomputed,
     )
+
+
+def num_question_tokens(num_tokens: int, config: ApbConfig) -> int:
+    """How many trailing tokens of a prompt ask, where the request does not say."""
+    return config.question_tokens or max(min(DEFAULT_QUESTION_TOKENS, num_tokens // 4), 1)
 
 
 def _follow(given: int | str | None, num_tokens: int, divisor: int) -> int:

@@ -26,10 +26,22 @@ def install(server_args: Any) -> None:
 
 
 def _wanted_patches(server_args: Any) -> list[Any]:
-    from sglang_apb.patches import portable_cpu
+    from sglang_apb.patches import (
+        model_parallel,
+        portable_cpu,
+        prefill_forward,
+        request_checks,
+        scheduling,
+        server_args as server_args_patch,
+    )
     from sglang_apb.platform import is_portable_cpu
 
+    options = server_args_patch.options_of(server_args)
     wanted: list[Any] = []
     if is_portable_cpu():
         wanted += portable_cpu.PATCHES
+    if options.is_set:
+        wanted += (*request_checks.PATCHES, *scheduling.PATCHES, *prefill_forward.PATCHES)
+    if options.sp_size > 1:
+        wanted += model_parallel.PATCHES
     return wanted

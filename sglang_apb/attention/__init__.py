@@ -1,0 +1,1 @@
+"""Engines that attend, and the merge of their partial results."""

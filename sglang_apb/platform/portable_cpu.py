@@ -36,6 +36,8 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.mem_fraction_static = round(DEFAULT_MEM_FRACTION / server_args.tp_size, 3)
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
+        # A scheduler that polls without a pause takes a whole core from the forward passes.
+        server_args.sleep_on_idle = True
         _share_cores(server_args.tp_size)
 
     def get_default_attention_backend(self) -> str:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Prefill, decode and router on this machine: launch/pd_local.sh --model DIR [--sp-size 2] [-- server arguments]
+# Prints READY and the URL when it answers; Ctrl-C ends everything. All options: launch/pd_local.sh --help
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
+  if [ -n "$python" ] && "$python" -c 'import sglang_apb.commands' 2>/dev/null; then
+    exec "$python" -m sglang_apb.commands.launch "$@"
+  fi
+done
+echo "pd_local.sh: found no Python with sglang-apb: run 'pip install sglang-apb', or name one with PYTHON=..." >&2
+exit 1

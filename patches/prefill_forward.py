@@ -1,0 +1,100 @@
+"""Targets: `ForwardBatch.init_new`, `ModelRunner._forward_raw`. Reason: the batch's one long prompt goes to the
+prefill backend instead of SGLang's eager runner or CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang_apb import config, requests
+from sglang_apb.patches._patch import Patch
+
+logger = logging.getLogger(__name__)
+
+
+def backend_of(model_runner: Any) -> Any:
+    """The rank's prefill backend, made at its first use."""
+    backend = getattr(model_runner, "prefill_backend", None)
+    if backend is None:
+        backend = model_runner.prefill_backend = _create(model_runner)
+    return backend
+
+
+def _create(model_runner: Any) -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_apb import backends
+    from sglang_apb.rank_group import RankGroup
+
+    server_args = model_runner.server_args
+    options = server_args.prefill_options
+    group = get_parallel().attn_cp_group.device_group if options.sp_size > 1 else None
+    ships_own_pages = (
+        server_args.disaggregation_mode == "prefill" and server_args.disaggregation_transfer_backend == "zmq"
+    )
+    return backends.load(options.backend)(
+        model_runner, config.parse(options.config_text), RankGroup(group), replicate_kv=not ships_own_pages
+    )
+
+
+def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
+    """Attaches the split of a sparse prompt to its batch, where the request is still at hand."""
+    result.sparse_plan = None
+    if not batch.forward_mode.is_extend() or len(batch.reqs) == 0:
+        return
+    req = batch.reqs[0]
+    wish = getattr(req, "sparse_wish", None)
+    if wish is None:
+        return
+    num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+    if len(batch.reqs) > 1 or batch.extend_lens[0] != num_tokens:
+        logger.error("request %s should run sparse but was batched or cut by SGLang: it runs exact", req.rid)
+        return
+    backend = backend_of(model_runner)
+    asked = requests.question_tokens(req, wish, config.parse(model_runner.server_args.prefill_options.config_text))
+    result.sparse_plan = backend.plan(num_tokens, requests.Wish(asked))
+    req.sparse_pages = backend.owned_pages(result.sparse_plan)
+
+
+def _forward(
+    original: Any,
+    self: Any,
+    forward_batch: Any,
+    pp_proxy_tensors: Any,
+    reinit_attn_backend: bool = False,
+    split_forward_count: int = 1,
+) -> Any:
+    plan = getattr(forward_batch, "sparse_plan", None)
+    if plan is None:
+        output = original(self, forward_batch, pp_proxy_tensors, reinit_attn_backend, split_forward_count)
+        report = {"method": "exact"}
+    else:
+        output = _forward_sparse(self, forward_batch, plan)
+        report = backend_of(self).report(plan)
+    if forward_batch.forward_mode.is_extend() and not self.is_draft_worker:
+        output.logits_output.customized_info = {requests.PARAMETER: [report] * forward_batch.batch_size}
+    return output
+
+
+def _forward_sparse(model_runner: Any, forward_batch: Any, plan: Any) -> Any:
+    from sglang.srt.model_executor.model_runner import ModelRunnerOutput
+
+    logits = backend_of(model_runner).prefill(forward_batch, plan)
+    return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
+
+
+PATCHES = (
+    Patch(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
+        "after",
+        ("cls", "batch", "model_runner", "capture_hidden_mode", "return_hidden_states_before_norm"),
+        _plan_batch,
+    ),
+    Patch(
+        "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw",
+        "around",
+        ("self", "forward_batch", "pp_proxy_tensors", "reinit_attn_backend", "split_forward_count"),
+        _forward,
+    ),
+)

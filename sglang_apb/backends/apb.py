@@ -1,0 +1,214 @@
+"""APB in SGLang's model: splits the prompt's rows, runs the layers over them, keeps each token's KV."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsMetadata
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from sglang_apb import layout as layouts
+from sglang_apb import selection
+from sglang_apb.attention.sdpa import SdpaEngine
+from sglang_apb.backends.base import PrefillBackend, Wish
+from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.config import ApbConfig
+from sglang_apb.layout import Layout, Span
+from sglang_apb.rank_group import Pending, RankGroup
+
+
+class ApbBackend(PrefillBackend):
+    """`replicate_kv`: every rank ends up with the whole prompt's KV, to decode; otherwise with what it owns."""
+
+    def __init__(self, model_runner: Any, config: ApbConfig, group: RankGroup, *, replicate_kv: bool) -> None:
+        self._runner = model_runner
+        self._config = config
+        self._group = group
+        self._replicate_kv = replicate_kv and group.size > 1
+        self._engine = SdpaEngine()
+        self._selector = selection.create(config.selector)
+
+    def plan(self, num_tokens: int, wish: Wish) -> Layout:
+        return layouts.plan(
+            num_tokens,
+            self._config,
+            num_ranks=self._group.size,
+            page_size=self._runner.token_to_kv_pool_allocator.page_size,
+            question_tokens=wish.question_tokens,
+        )
+
+    def report(self, plan: Layout) -> dict[str, Any]:
+        return {
+            "method": "apb",
+            "num_ranks": plan.num_ranks,
+            "num_blocks": plan.num_blocks,
+            "anchor": plan.anchor,
+            "passing": plan.passing,
+            "question_tokens": len(plan.question),
+            "attention_share": round(plan.attention_share, 4),
+        }
+
+    def owned_pages(self, plan: Layout) -> list[tuple[int, int]]:
+        return plan.owned_pages(self._group.rank, self._runner.token_to_kv_pool_allocator.page_size)
+
+    def prefill(self, forward_batch: Any, plan: Layout) -> Any:
+        sparse = SparseAttention(plan, self._group, self._engine, self._selector)
+        cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv)
+        rows = sparse.rows
+        if self._config.order == "one_pass":
+            hidden = self._run(forward_batch, _OnePass(sparse, cache), rows.tokens, rows.positions)
+        else:
+            self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
+            hidden = self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
+        return self._logits(forward_batch, hidden[-1:])
+
+    def _run(
+        self, forward_batch: Any, attention: _LayerAttention, tokens: Iterable[Span], positions: Iterable[Span]
+    ) -> torch.Tensor:
+        """Hidden states of the rows, [num_rows, hidden_size]."""
+        device = forward_batch.input_ids.device
+        with forward_context(ForwardContext(attn_backend=attention)):  # type: ignore[arg-type]
+            return self._runner.model.model(
+                forward_batch.input_ids[_indices(tokens, device)], _indices(positions, device), forward_batch
+            )
+
+    def _logits(self, forward_batch: Any, last_row: torch.Tensor) -> Any:
+        """Logits of the prompt's last token.
+
+        Every rank samples for itself, so all must start from the very same bits: rank 0's. Their own rows differ
+        in rounding, because their matrix products had different numbers of rows.
+        """
+        model = self._runner.model
+        last_row = self._group.broadcast(last_row.contiguous(), 0).wait()
+        metadata = dataclasses.replace(
+            LogitsMetadata.from_forward_batch(forward_batch),
+            extend_seq_lens=torch.ones(1, dtype=torch.int64, device=last_row.device),
+            extend_seq_lens_cpu=[1],
+        )
+        return model.logits_processor(forward_batch.input_ids[-1:], last_row, model.lm_head, metadata)
+
+
+class _KvCache:
+    """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it."""
+
+    def __init__(
+        self, model_runner: Any, slots: torch.Tensor, layout: Layout, group: RankGroup, replicate: bool
+    ) -> None:
+        self.pool = model_runner.token_to_kv_pool
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self._group = group
+        self._rows = layout.rows_of(group.rank)
+        self._replicate = replicate
+        by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
+        self._context_slots = [slots[_indices(spans, slots.device)] for spans in by_rank]
+        self._question_slots = slots[layout.question.start : layout.question.end]
+
+    def own_context(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cached K and V of this rank's blocks, [num_rows, num_kv_heads, head_dim] each."""
+        slots = self._context_slots[self._group.rank]
+        return self.pool.get_key_buffer(layer_id)[slots], self.pool.get_value_buffer(layer_id)[slots]
+
+    def start_context(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
+        """Starts keeping the own blocks' rows; the result finishes it."""
+        rows = self._rows.context
+        return self._start(layer, k[rows.start : rows.end], v[rows.start : rows.end], self._context_slots)
+
+    def start_question(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
+        """Starts keeping the question, the last rows of k and v.
+
+        Ranks that will decode all take rank 0's, for the same bits everywhere (see ApbBackend._logits).
+        """
+        num_rows = len(self._question_slots)
+        if not self._replicate:
+            self.pool.set_kv_buffer(layer, self._question_slots, k[-num_rows:], v[-num_rows:])
+            return _nothing
+        rows = torch.stack((k[-num_rows:], v[-num_rows:]), dim=1)
+        return self._finish_with(layer, self._group.broadcast(rows, 0), [self._question_slots])
+
+    def _start(
+        self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: list[torch.Tensor]
+    ) -> Callable[[], None]:
+        if not self._replicate:
+            self.pool.set_kv_buffer(layer, slots[self._group.rank], k, v)
+            return _nothing
+        rows = torch.stack((k, v), dim=1)  # [num_rows, 2, num_kv_heads, head_dim]
+        return self._finish_with(layer, self._group.gather_rows(rows, [len(part) for part in slots]), slots)
+
+    def _finish_with(self, layer: Any, pending: Pending, slots: list[torch.Tensor]) -> Callable[[], None]:
+        def finish() -> None:
+            result = pending.wait()
+            for rows, part in zip([result] if torch.is_tensor(result) else result, slots, strict=True):
+                self.pool.set_kv_buffer(layer, part, rows[:, 0].contiguous(), rows[:, 1].contiguous())
+
+        return finish
+
+
+class _LayerAttention:
+    """Stands in for SGLang's attention backend while a sparse prompt runs (`ForwardContext.attn_backend`)."""
+
+    def __init__(self, sparse: SparseAttention, cache: _KvCache) -> None:
+        self._sparse = sparse
+        self._cache = cache
+        self.token_to_kv_pool = cache.pool
+        self.req_to_token_pool = cache.req_to_token_pool
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: Any,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
+        **_: Any,
+    ) -> torch.Tensor:
+        """q [num_rows, num_q_heads * head_dim] -> attention of the same shape; k, v as SGLang's layers give them."""
+        rows = LayerRows(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+            layer.scaling,
+        )
+        return self._attend(layer, rows).reshape(q.shape)
+
+    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _OnePass(_LayerAttention):
+    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
+        keep_context = self._cache.start_context(layer, rows.k, rows.v)
+        keep_question = self._cache.start_question(layer, rows.k, rows.v)
+        out = self._sparse.attend(rows)
+        keep_context()
+        keep_question()
+        return out
+
+
+class _ContextPass(_LayerAttention):
+    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
+        keep_context = self._cache.start_context(layer, rows.k, rows.v)
+        out = self._sparse.attend_context(rows)
+        keep_context()
+        return out
+
+
+class _QuestionPass(_LayerAttention):
+    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
+        keep_question = self._cache.start_question(layer, rows.k, rows.v)
+        out = self._sparse.attend_question(rows, *self._cache.own_context(layer.layer_id))
+        keep_question()
+        return out
+
+
+def _nothing() -> None:
+    """What is left to do when nothing was started."""
+
+
+def _indices(spans: Iterable[Span], device: torch.device) -> torch.Tensor:
+    """The numbers in `spans`, one after the other, int64."""
+    parts = [torch.arange(span.start, span.end, device=device) for span in spans]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)

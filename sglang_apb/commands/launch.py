@@ -1,0 +1,88 @@
+"""`sglang-apb launch`: prefill, decode and router on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster
+
+HELP = "start a prefill/decode cluster on this machine"
+STOCK = "none"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="model folder, or name on the Hugging Face hub")
+    parser.add_argument("--sp-size", type=int, default=None, help="prefill ranks; 2 if left out, 1 for 'none'")
+    parser.add_argument("--prefill-backend", default="apb", help=f"apb; {STOCK!r} is SGLang's own prefill")
+    parser.add_argument("--transfer-backend", default="zmq", help="how KV travels: zmq, mooncake, nixl")
+    parser.add_argument("--port", type=int, default=30000, help="the router's; the next 6 are used too")
+    parser.add_argument("--log-dir", type=Path, default=None, help="logs/pd-DATE-TIME if left out")
+    parser.add_argument("--startup-timeout", type=float, default=STARTUP_TIMEOUT_S, metavar="SECONDS")
+    parser.add_argument("--prefill-args", default="", metavar="'ARGS'", help="for the prefill server only")
+    parser.add_argument("--decode-args", default="", metavar="'ARGS'", help="for the decode server only")
+    parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for both servers, after --")
+
+
+def run(args: argparse.Namespace) -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
+    cluster = _cluster(args)
+    try:
+        with cluster:
+            cluster.wait_ready(args.startup_timeout)
+            print(f"READY {cluster.url}", flush=True)
+            cluster.wait()
+    except KeyboardInterrupt:
+        _say("stopped")
+        return 130
+    return 0
+
+
+def _cluster(args: argparse.Namespace) -> LocalCluster:
+    stock = args.prefill_backend == STOCK
+    sp_size = args.sp_size if args.sp_size is not None else 1 if stock else 2
+    if stock and sp_size != 1:
+        raise CommandError(f"--sp-size {sp_size} needs --prefill-backend apb: SGLang's own prefill has one rank here")
+    if sp_size < 1:
+        raise CommandError(f"--sp-size must be at least 1, not {sp_size}")
+    log_dir: Path = args.log_dir or Path("logs") / time.strftime("pd-%Y%m%d-%H%M%S")
+    _say(f"logs in {log_dir.absolute()}")
+    return LocalCluster(
+        args.model,
+        port=args.port,
+        log_dir=log_dir,
+        sp_size=sp_size,
+        prefill_backend=None if stock else args.prefill_backend,
+        transfer_backend=args.transfer_backend,
+        arguments=args.server_args,
+        prefill_arguments=shlex.split(args.prefill_args),
+        decode_arguments=shlex.split(args.decode_args),
+        report=_say,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m sglang_apb.commands.launch`, as `launch/pd_local.sh` calls it."""
+    from sglang_apb import cli
+
+    return cli.main(["launch", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

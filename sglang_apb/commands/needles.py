@@ -1,0 +1,127 @@
+"""Prompts with one fact hidden in filler text, made to a length in tokens and the same for the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+CountTokens = Callable[[str], int]
+
+INTRODUCTION = (
+    "A special magic number is hidden in the following text. Make sure to remember it. "
+    "You will be asked about it afterwards.\n\n"
+)
+QUESTION = "\n\nWhat is the special magic number for {city} mentioned in the text?"
+# A small model answers when it only has to go on: the answer's first words are part of the prompt.
+ANSWER_START = " The special magic number for {city} mentioned in the text is"
+NEEDLE = "The special magic number for {city} is {number}."
+
+CITIES = (
+    "Amsterdam Ankara Athens Bergen Berlin Bogota Bristol Cairo Dakar Delhi Dublin Geneva Hanoi Helsinki Jakarta "
+    "Karachi Lagos Lima Lisbon London Madrid Manila Melbourne Mexico Milan Mumbai Nairobi Oslo Paris Prague Quito "
+    "Riga Rome Santiago Seoul Sofia Tokyo Toronto Vienna Warsaw"
+).split()
+
+_SUBJECTS = (
+    "The survey team|A retired engineer|The town library|Our neighbour|The harbour master|A group of students|"
+    "The museum's curator|An old farmer|The weather station|The railway company|A young painter|The local council"
+).split("|")
+_VERBS = (
+    "described|repaired|photographed|visited|measured|catalogued|rebuilt|inspected|discussed|restored|mapped|sketched"
+).split("|")
+_OBJECTS = (
+    "the stone bridge|a set of brass instruments|the eastern garden|several wooden boats|the lighthouse stairs|"
+    "an unfinished manuscript|the market square|a narrow canal|the orchard wall|two water mills|the long corridor|"
+    "a collection of maps"
+).split("|")
+_CIRCUMSTANCES = (
+    "before the first snow|with great patience|after a long discussion|while the river was low|during the summer fair|"
+    "without any outside help|for the third time that decade|in spite of the strong wind|as the letters had suggested|"
+    "on a quiet afternoon|under a grey sky|long after the others had left"
+).split("|")
+_REMARKS = (
+    "Nobody objected.|The costs were shared by everyone involved.|It took longer than planned, yet the result was sound.|"
+    "A short note about it appeared in the newspaper.|Opinions differed on whether it was worth the effort.|"
+    "The weather stayed mild throughout.|Later visitors rarely noticed the difference.|Some of the tools were borrowed.|"
+    "Children watched from the other side of the road.|The work began early and ended at dusk."
+).split("|")
+
+
+@dataclass(frozen=True)
+class NeedlePrompt:
+    """`text` ends with the first words of the answer; a right answer goes on with `number`.
+
+    `depth` is where the needle stands in the filler, from 0 (start) to 1 (end).
+    """
+
+    text: str
+    city: str
+    number: str
+    depth: float
+    num_tokens: int
+
+    def is_answered(self, completion: str) -> bool:
+        return self.number in completion
+
+
+def build_prompts(length: int, num_prompts: int, seed: int, count_tokens: CountTokens) -> list[NeedlePrompt]:
+    """`num_prompts` prompts of at most `length` tokens and at least a sentence less, needles at even depths.
+
+    Raises ValueError when `length` has no room for the question.
+    """
+    return [
+        build_prompt(length, (index + 0.5) / num_prompts, f"{seed}-{length}-{index}", count_tokens)
+        for index in range(num_prompts)
+    ]
+
+
+def build_prompt(length: int, depth: float, seed: str, count_tokens: CountTokens) -> NeedlePrompt:
+    """One prompt of at most `length` tokens. Raises ValueError when that is too short for the question."""
+    generator = random.Random(seed)
+    city = generator.choice(CITIES)
+    number = str(generator.randrange(1_000_000, 10_000_000))
+    sentences = _filler(generator, num_characters=8 * length)
+
+    def text_with(num_sentences: int) -> str:
+        at = round(depth * num_sentences)
+        parts = [*sentences[:at], NEEDLE.format(city=city, number=number), *sentences[at:num_sentences]]
+        question = (QUESTION + ANSWER_START).format(city=city)
+        return INTRODUCTION + " ".join(parts) + question
+
+    num_sentences = _largest(len(sentences), lambda count: count_tokens(text_with(count)) <= length)
+    if num_sentences is None:
+        raise ValueError(f"a needle prompt does not fit in {length} tokens: ask for at least 128")
+    text = text_with(num_sentences)
+    return NeedlePrompt(text, city, number, depth, count_tokens(text))
+
+
+def _filler(generator: random.Random, num_characters: int) -> Sequence[str]:
+    """Sentences of at least `num_characters` in all."""
+    sentences: list[str] = []
+    total = 0
+    for sentence in _sentences(generator):
+        sentences.append(sentence)
+        total += len(sentence)
+        if total >= num_characters:
+            return sentences
+    raise AssertionError("sentences never run out")
+
+
+def _sentences(generator: random.Random) -> Iterator[str]:
+    while True:
+        subject, verb, thing, circumstance = map(generator.choice, (_SUBJECTS, _VERBS, _OBJECTS, _CIRCUMSTANCES))
+        yield f"{subject} {verb} {thing} {circumstance}."
+        if generator.random() < 0.3:
+            yield generator.choice(_REMARKS)
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest count in [0, limit] that fits; None when 0 does not. `fits` must not turn true again."""
+    if not fits(0):
+        return None
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,278 @@
+"""SGLang servers on this machine as context managers: one server, or prefill, decode and router.
+
+    with LocalCluster("model-dir", port=30000, log_dir=Path("logs"), sp_size=2) as cluster:
+        cluster.wait_ready()
+        requests.post(f"{cluster.url}/v1/chat/completions", json=...)
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import requests
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.processes import ProcessGroup
+
+HOST = "127.0.0.1"
+STARTUP_TIMEOUT_S = 1800.0
+_POLL_S = 0.5
+_REPORT_INTERVAL_S = 10.0
+# SGLang's health check runs a token through the model, which has to wait for a long prefill: a busy server
+# would be taken for a dead one.
+_SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+# An idle scheduler that polls would take a core from a server that computes.
+_CPU_ARGUMENTS = ("--device", "cpu", "--sleep-on-idle")
+
+Report = Callable[[str], None]
+
+
+class ServiceError(CommandError):
+    """A server ended, did not start in time, or refused a simple request."""
+
+
+class LocalService:
+    """Servers that start together, are ready together, and end together.
+
+    `url` answers OpenAI requests once `wait_ready` has returned. `report` gets a line of progress now and then.
+    """
+
+    def __init__(
+        self, groups: Sequence[ProcessGroup], url: str, ports: dict[str, int], report: Report | None = None
+    ):
+        self.groups = tuple(groups)
+        self.url = url
+        self._ports = ports
+        self._report = report or (lambda line: None)
+
+    def start(self) -> None:
+        """Raises CommandError when a port is in use."""
+        check_ports(self._ports)
+        try:
+            for group in self.groups:
+                group.start()
+                self._started(group)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _started(self, group: ProcessGroup) -> None:
+        """Called after each group's start, before the next one's."""
+
+    def check(self) -> None:
+        """Raises ServiceError when a server has ended; the text has its log's last lines."""
+        for group in self.groups:
+            if group.exit_status is not None:
+                raise ServiceError(
+                    f"the {group.name} ended with status {group.exit_status}; "
+                    f"last lines of {group.log_path}:\n{group.log_tail()}"
+                )
+
+    def wait_ready(self, timeout: float = STARTUP_TIMEOUT_S) -> None:
+        """Returns once a chat completion has succeeded. `timeout` in seconds. Raises ServiceError."""
+        self._wait_until(lambda: completes_chat(self.url), "starting", timeout)
+
+    def _wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
+        started = reported = time.monotonic()
+        while not condition():
+            self.check()
+            waited = time.monotonic() - started
+            if waited > timeout:
+                raise ServiceError(f"not ready after {timeout:.0f} s; logs: {self.groups[0].log_path.parent}")
+            if waited > reported - started + _REPORT_INTERVAL_S:
+                reported = time.monotonic()
+                self._report(f"{what}, {waited:.0f} s")
+            time.sleep(_POLL_S)
+
+    def wait(self) -> None:
+        """Blocks while every server runs. Raises ServiceError when one has ended."""
+        while True:
+            self.check()
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Ends every process. Stopping twice is a no-op."""
+        for group in self.groups:
+            group.request_stop()
+        for group in self.groups:
+            group.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class LocalServer(LocalService):
+    """One `sglang.launch_server`. `arguments` go to it as they are; its log is `log_dir`/server.log."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        port: int,
+        log_dir: Path,
+        arguments: Sequence[str] = (),
+        report: Report | None = None,
+    ):
+        ports = {"server": port, "server's ranks": port + 1}
+        command = _server_command(model, port, port + 1, arguments)
+        group = ProcessGroup("server", command, log_dir / "server.log", _SERVER_ENV)
+        super().__init__([group], f"http://{HOST}:{port}", ports, report)
+
+
+class LocalCluster(LocalService):
+    """A prefill server of `sp_size` ranks, a decode server and a router; ports `port` to `port` + 6.
+
+    `prefill_backend` None is stock SGLang. `arguments` go to both servers as they are, `prefill_arguments` and
+    `decode_arguments` to one. Logs: prefill.log, decode.log and router.log in `log_dir`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        port: int,
+        log_dir: Path,
+        sp_size: int = 2,
+        prefill_backend: str | None = "apb",
+        transfer_backend: str = "zmq",
+        arguments: Sequence[str] = (),
+        prefill_arguments: Sequence[str] = (),
+        decode_arguments: Sequence[str] = (),
+        report: Report | None = None,
+    ):
+        ports = _cluster_ports(port)
+        self._prefill_url = f"http://{HOST}:{ports['prefill server']}"
+        self._placement = place(num_gpus(), sp_size)
+        method = ("--prefill-backend", prefill_backend, "--sp-size", str(sp_size)) if prefill_backend else ()
+        transfer = ("--disaggregation-transfer-backend", transfer_backend)
+        prefill = _server_command(
+            model,
+            ports["prefill server"],
+            ports["prefill server's ranks"],
+            ("--disaggregation-mode", "prefill", *transfer, *method)
+            + ("--disaggregation-bootstrap-port", str(ports["prefill server's bootstrap"]))
+            + (*self._placement.prefill, *arguments, *prefill_arguments),
+        )
+        decode = _server_command(
+            model,
+            ports["decode server"],
+            ports["decode server's ranks"],
+            ("--disaggregation-mode", "decode", *transfer)
+            + (*self._placement.decode, *arguments, *decode_arguments),
+        )
+        groups = [
+            ProcessGroup("prefill server", prefill, log_dir / "prefill.log", _SERVER_ENV),
+            ProcessGroup("decode server", decode, log_dir / "decode.log", _SERVER_ENV),
+            ProcessGroup("router", _router_command(ports), log_dir / "router.log"),
+        ]
+        super().__init__(groups, f"http://{HOST}:{port}", ports, report)
+
+    def _started(self, group: ProcessGroup) -> None:
+        if group is self.groups[0] and self._placement.in_turn:
+            self._wait_until(lambda: is_up(self._prefill_url), "starting the prefill server", STARTUP_TIMEOUT_S)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Arguments that put each server on its GPUs. `in_turn`: decode may start when prefill has its memory."""
+
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+    in_turn: bool = False
+
+
+def place(num_gpus: int, sp_size: int) -> Placement:
+    """Prefill ranks on GPUs [0, sp_size), decode on the next one, or on GPU 0 beside prefill."""
+    if num_gpus == 0:
+        return Placement()
+    if num_gpus > sp_size:
+        return Placement(decode=("--base-gpu-id", str(sp_size)))
+    # SGLang takes a fraction of the memory that it finds free: 0.4 of the GPU here, and then 0.6 of the rest.
+    return Placement(("--mem-fraction-static", "0.4"), ("--mem-fraction-static", "0.6"), in_turn=True)
+
+
+@cache
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def is_up(url: str) -> bool:
+    """Whether a server answers its health check."""
+    try:
+        return requests.get(f"{url}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
+
+
+def completes_chat(url: str) -> bool:
+    """Whether a chat completion of one token succeeds. Raises ServiceError when it is refused as a bad request."""
+    body = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    try:
+        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    except requests.RequestException:
+        return False
+    if response.status_code == requests.codes.bad_request:
+        raise ServiceError(f"{url} refuses a chat completion: {response.text[:500]}")
+    return response.ok
+
+
+def check_ports(ports: dict[str, int]) -> None:
+    """Raises CommandError for the first port that is taken; `ports` maps what a port is for to its number."""
+    for purpose, port in ports.items():
+        if not 0 < port < 65536:
+            raise CommandError(f"port {port} for the {purpose} does not exist: choose a smaller --port")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                raise CommandError(
+                    f"port {port} for the {purpose} is not free ({error.strerror}): end what listens there, or "
+                    f"choose another --port (it and the next {len(ports) - 1} are used)"
+                ) from error
+
+
+def _cluster_ports(port: int) -> dict[str, int]:
+    purposes = (
+        "router",
+        "prefill server",
+        "decode server",
+        "prefill server's bootstrap",
+        "prefill server's ranks",
+        "decode server's ranks",
+        "router's metrics",
+    )
+    return {purpose: port + index for index, purpose in enumerate(purposes)}
+
+
+def _server_command(model: str, port: int, ranks_port: int, arguments: Sequence[str]) -> list[str]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
+    command += ["--port", str(port), "--nccl-port", str(ranks_port)]
+    return [*command, *(_CPU_ARGUMENTS if num_gpus() == 0 else ()), *arguments]
+
+
+def _router_command(ports: dict[str, int]) -> list[str]:
+    prefill_url, decode_url = (f"http://{HOST}:{ports[name]}" for name in ("prefill server", "decode server"))
+    command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    command += ["--prefill", prefill_url, str(ports["prefill server's bootstrap"]), "--decode", decode_url]
+    command += ["--host", HOST, "--port", str(ports["router"])]
+    command += ["--prometheus-host", HOST, "--prometheus-port", str(ports["router's metrics"])]
+    # With one server a side there is no other to retry on, or to turn to when a breaker opens.
+    command += ["--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker"]
+    return [*command, "--worker-startup-check-interval", "1"]

@@ -1,0 +1,110 @@
+"""The thread that owns a process's ZMQ sockets: they are not thread-safe, so nobody else touches them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable
+
+import zmq
+
+from sglang_apb.transfer.wire import MAX_PARTS, Buffer
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[], None]
+
+
+class SocketLoop:
+    """Runs socket handlers and commands of other threads in one thread, until `stop`.
+
+    A handler or command that raises is logged and the loop goes on: one bad peer never ends the others'.
+    """
+
+    def __init__(self, name: str):
+        self.context = zmq.Context()
+        self._poller = zmq.Poller()
+        self._handlers: dict[int, Handler] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread and closes every socket. For tests; a server's loop ends with its process."""
+        self.call(self._end)
+        self._thread.join()
+        self.context.destroy(linger=0)
+        os.close(self._wake)
+
+    def call(self, command: Callable[[], None]) -> None:
+        """Runs `command` in the loop's thread, in the order of the calls. Never blocks."""
+        self._commands.put(command)
+        os.eventfd_write(self._wake, 1)
+
+    def watch(self, socket: zmq.Socket, handler: Handler) -> None:
+        self._poller.register(socket, zmq.POLLIN)
+        self._handlers[id(socket)] = handler
+
+    def forget(self, socket: zmq.Socket) -> None:
+        """Closes a watched socket."""
+        self._poller.unregister(socket)
+        self._handlers.pop(id(socket), None)
+        socket.close(linger=0)
+
+    def work(self) -> float | None:
+        """Does one piece of the endpoint's own work. Returns how many milliseconds to wait for
+        sockets before the next piece; None when there is none until a socket or a command brings one.
+        """
+        return None
+
+    def _end(self) -> None:
+        self._stopping = True
+
+    def _run(self) -> None:
+        timeout: float | None = None
+        while not self._stopping:
+            for source, _ in self._poller.poll(timeout):
+                if source == self._wake:
+                    self._run_commands()
+                else:
+                    self._guard(self._handlers.get(id(source)))
+            timeout = self._guard(self.work)
+
+    def _run_commands(self) -> None:
+        os.eventfd_read(self._wake)
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            self._guard(command)
+
+    def _guard(self, function: Callable[[], float | None] | None) -> float | None:
+        try:
+            return function() if function else None
+        except Exception:
+            logger.exception("KV transfer: a frame or command failed; the transfer thread goes on")
+            return None
+
+
+def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> list[Buffer] | None:
+    """The parts of the next message, without waiting: None when there is none.
+
+    Of a message with more than `max_parts` parts, one part more is kept, so that the parser refuses it.
+    """
+    try:
+        parts: list[Buffer] = [socket.recv(zmq.NOBLOCK, copy=False).buffer]
+    except zmq.Again:
+        return None
+    while socket.getsockopt(zmq.RCVMORE):
+        part = socket.recv(copy=False)
+        if len(parts) <= max_parts:
+            parts.append(part.buffer)
+    return parts

@@ -1,0 +1,165 @@
+"""The transfer of one scheduler process: SGLang's KV manager, with our endpoint instead of its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import KVArgs
+from sglang.srt.disaggregation.common.conn import CommonKVManager
+from sglang.srt.disaggregation.utils import DisaggregationMode
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.network import get_local_ip_auto
+
+from sglang_apb.transfer.bootstrap import BACKEND, fetch_prefill_info
+from sglang_apb.transfer.compat import Compat, describe_model
+from sglang_apb.transfer.pages import open_host_memory, open_pool
+from sglang_apb.transfer.receiving import ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
+
+logger = logging.getLogger(__name__)
+
+
+class ZmqKVManager(CommonKVManager):
+    """`start` must follow: SGLang builds the manager before anyone can hand it the pool's tensors.
+
+    Raises ValueError when the server runs with something that this backend does not move.
+    """
+
+    sending: SendingEndpoint
+    receiving: ReceivingEndpoint
+
+    def __init__(
+        self,
+        args: KVArgs,
+        disaggregation_mode: DisaggregationMode,
+        server_args: ServerArgs,
+        is_mla_backend: bool | None = False,
+    ):
+        _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
+        with _local_ip(listening_host(server_args.host)):
+            super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        # Every context-parallel rank sends what it holds, and decode waits for all of them.
+        self.enable_all_cp_ranks_for_transfer = True
+        self.is_dummy_cp_rank = False
+        self.refusals: dict[str, str] = {}
+        self.server_socket.close(linger=0)
+
+    def register_to_bootstrap(self) -> None:
+        """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
+        self.sending = SendingEndpoint(self.local_ip)
+        self.rank_port = self.sending.port
+        super().register_to_bootstrap()
+
+    def start(self, pool: Any, model_config: Any) -> None:
+        """Starts moving pages of `pool` (SGLang's KV pool) for the model of `model_config` (its ModelConfig).
+
+        Raises ValueError when the pool is not one buffer of keys and one of values a layer.
+        """
+        args = self.kv_args
+        buffers = [*(getattr(pool, "k_buffer", None) or ()), *(getattr(pool, "v_buffer", None) or ())]
+        if [buffer.data_ptr() for buffer in buffers] != list(args.kv_data_ptrs):
+            raise ValueError(
+                f"--disaggregation-transfer-backend {BACKEND} moves plain key and value pools only, not "
+                f"{type(pool).__name__} (with speculative decoding, a second pool): use mooncake or nixl."
+            )
+        pages = open_pool(buffers, args.kv_data_lens, args.kv_item_lens)
+        aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
+        compat = self._describe(model_config)
+        if self.disaggregation_mode == DisaggregationMode.PREFILL:
+            self.sending.start_sending(pages, aux, compat)
+        else:
+            self.receiving = ReceivingEndpoint(pages, aux, compat)
+            self.receiving.start()
+            self._start_heartbeat_checker_thread()
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """SGLang's, except that a server that does not fit fails requests, not the scheduler."""
+        if bootstrap_addr in self.prefill_info_table:
+            return True
+        info, refusal = fetch_prefill_info(bootstrap_addr)
+        if info is None:
+            return False
+        if refusal:
+            logger.error(refusal)
+            self.refusals[bootstrap_addr] = refusal
+        else:
+            self._resolve_rank_mapping(info)
+        self.prefill_info_table[bootstrap_addr] = info
+        return True
+
+    def forget_prefill(self, bootstrap_addr: str) -> None:
+        """The next request asks the bootstrap server again: a prefill server that is back has other ports."""
+        with self.connection_lock:
+            for key in [key for key in self.connection_pool if key.startswith(f"{bootstrap_addr}_")]:
+                del self.connection_pool[key]
+            self.prefill_info_table.pop(bootstrap_addr, None)
+            self.refusals.pop(bootstrap_addr, None)
+
+    def _handle_node_failure(self, failed_bootstrap_addr: str) -> None:
+        super()._handle_node_failure(failed_bootstrap_addr)
+        self.forget_prefill(failed_bootstrap_addr)
+
+    def _describe(self, model_config: Any) -> Compat:
+        args, config = self.kv_args, model_config.hf_text_config
+        architectures = getattr(model_config.hf_config, "architectures", None) or ["unknown"]
+        model, digest = describe_model(architectures[0], config.to_dict())
+        return Compat(
+            model=model,
+            model_hash=digest,
+            kv_dtype=str(args.kv_cache_dtype_str),
+            page_size=args.page_size,
+            attn_tp_size=self.attn_tp_size,
+            kv_item_lens=[int(size) for size in args.kv_item_lens],
+            aux_item_lens=[int(size) for size in args.aux_item_lens],
+        )
+
+
+def listening_host(host: str) -> str:
+    """The address of this server's transfer sockets: loopback exactly when the server itself is on it."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0])
+    if address.is_unspecified:
+        address = ipaddress.ip_address(get_local_ip_auto())
+    if not address.is_loopback:
+        logger.warning("KV is sent unencrypted on %s: use a network that only these servers are on.", address)
+    return str(address)
+
+
+@contextlib.contextmanager
+def _local_ip(host: str) -> Iterator[None]:
+    """SGLang's constructor finds its own address by this variable first, and binds a socket there."""
+    before = os.environ.get("SGLANG_HOST_IP")
+    os.environ["SGLANG_HOST_IP"] = host
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SGLANG_HOST_IP"]
+        else:
+            os.environ["SGLANG_HOST_IP"] = before
+
+
+def _check_supported(args: KVArgs, mode: DisaggregationMode, server_args: ServerArgs, is_mla: bool) -> None:
+    from sglang.srt.runtime_context import get_parallel
+
+    refused = {
+        "pipeline parallelism (--pp-size)": server_args.pp_size > 1,
+        "decode context parallelism (--dcp-size)": server_args.dcp_size > 1,
+        "context parallelism on the decode server": mode == DisaggregationMode.DECODE
+        and get_parallel().attn_cp_size > 1,
+        "MLA models": is_mla,
+        "models with more state than keys and values (Mamba, sliding window)": bool(args.state_types),
+    }
+    for what, found in refused.items():
+        if found:
+            raise ValueError(
+                f"--disaggregation-transfer-backend {BACKEND} does not support {what}: use mooncake or nixl."
+            )

@@ -1,0 +1,134 @@
+"""The KV pool as rows of bytes: buffer b, page p is one row of `item_lens[b]` bytes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang_apb.transfer.wire import Block, Buffer
+
+PageIds: TypeAlias = npt.NDArray[np.int64]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+# Measured best for DEALER/ROUTER over TCP: 1 to 2 MB. Smaller ones cost calls, larger ones leave the caches.
+BLOCK_BYTES = 3 << 19
+
+
+class Pages(Protocol):
+    """`gather` reads, `scatter` writes pages `ids` [n] of `num_buffers` buffers from `first_buffer` on.
+
+    The bytes are, buffer after buffer, the pages in the order of `ids`. Both return when the bytes are there.
+    """
+
+    item_lens: tuple[int, ...]
+    num_pages: int
+
+    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes: ...
+
+    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None: ...
+
+
+class HostPages:
+    """Pages in this process's memory. `buffers` are flat uint8 arrays whose length is whole pages."""
+
+    def __init__(self, buffers: Sequence[Bytes], item_lens: Sequence[int]):
+        self.item_lens = tuple(item_lens)
+        self._rows = [buffer.reshape(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
+        self.num_pages = min(len(rows) for rows in self._rows)
+
+    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        gathered = np.empty(len(ids) * sum(row.shape[1] for row in rows), np.uint8)
+        for source, target in _split(gathered, rows, len(ids)):
+            # "clip" lets numpy write straight into `out`; every caller has checked the ids.
+            np.take(source, ids, axis=0, out=target, mode="clip")
+        return gathered
+
+    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        for target, source in _split(np.frombuffer(payload, np.uint8), rows, len(ids)):
+            target[ids] = source
+
+
+class CudaPages:
+    """Pages in GPU memory, moved through pinned host memory on a stream of its own.
+
+    KV must be final when `gather` is called: SGLang sends after it has waited for the batch's results.
+    """
+
+    def __init__(self, buffers: Sequence[torch.Tensor], item_lens: Sequence[int]):
+        self.item_lens = tuple(item_lens)
+        self._rows = [buffer.view(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
+        self.num_pages = min(len(rows) for rows in self._rows)
+        self._device = buffers[0].device
+        self._stream = torch.cuda.Stream(self._device)
+
+    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        total = len(ids) * sum(row.shape[1] for row in rows)
+        staged = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            index = torch.from_numpy(ids).to(self._device)
+            for source, target in _split(staged, rows, len(ids)):
+                target.copy_(source.index_select(0, index), non_blocking=True)
+        self._stream.synchronize()
+        return staged.numpy()
+
+    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        staged = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
+        staged.numpy()[:] = np.frombuffer(payload, np.uint8)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            index = torch.from_numpy(ids).to(self._device)
+            arrived = staged.to(self._device, non_blocking=True)
+            for target, source in _split(arrived, rows, len(ids)):
+                target.index_copy_(0, index, source)
+        self._stream.synchronize()
+
+
+def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> Pages:
+    """The pages of a KV pool: `buffers` contiguous tensors, of which the first `lens` bytes hold pages."""
+    flat = [buffer.view(-1).view(torch.uint8)[:size] for buffer, size in zip(buffers, lens, strict=True)]
+    if flat[0].device.type == "cuda":
+        return CudaPages(flat, item_lens)
+    return HostPages([buffer.numpy() for buffer in flat], item_lens)
+
+
+def open_host_memory(ptrs: Sequence[int], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages:
+    """Pages at the addresses `ptrs` of this process. The owner of the memory must outlive the result."""
+    arrays = [
+        np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8)
+        for ptr, size in zip(ptrs, lens, strict=True)
+    ]
+    return HostPages(arrays, item_lens)
+
+
+def plan_blocks(item_lens: Sequence[int], first_page: int, num_pages: int) -> Iterator[Block]:
+    """Cuts [first_page, first_page + num_pages) of all buffers into blocks of about BLOCK_BYTES."""
+    largest = max(item_lens)
+    pages_per_block = min(num_pages, max(1, BLOCK_BYTES // largest))
+    buffers_per_block = max(1, BLOCK_BYTES // (largest * pages_per_block))
+    for buffer in range(0, len(item_lens), buffers_per_block):
+        num_buffers = min(buffers_per_block, len(item_lens) - buffer)
+        for page in range(0, num_pages, pages_per_block):
+            count = min(pages_per_block, num_pages - page)
+            yield Block(buffer, num_buffers, first_page + page, count)
+
+
+def largest_payload(pages: Pages, aux: Pages) -> int:
+    """Upper bound in bytes for the payload of any frame between two servers with these pools."""
+    return max(BLOCK_BYTES, max(pages.item_lens), sum(aux.item_lens))
+
+
+def _split(flat, rows, num_ids: int):
+    """(rows, its part of `flat` as [num_ids, bytes of a page]) for each buffer."""
+    offset = 0
+    for row in rows:
+        size = num_ids * row.shape[1]
+        yield row, flat[offset : offset + size].reshape(num_ids, row.shape[1])
+        offset += size

@@ -1,0 +1,128 @@
+"""SGLang's KV receiver: one request on one decode rank. Called by the scheduler's thread only."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
+
+from sglang_apb.transfer.manager import ZmqKVManager
+from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState
+
+
+class ZmqKVReceiver(CommonKVReceiver):
+    """After Success, `prefill_info` is what the sender's `set_prefill_info` said. Until then it is the
+    prefill server's layout: SGLang keeps that under this name, and reads it before the transfer only.
+    """
+
+    kv_mgr: ZmqKVManager
+
+    def __init__(self, mgr: ZmqKVManager, bootstrap_addr: str, bootstrap_room: int):
+        super().__init__(mgr, bootstrap_addr, bootstrap_room)
+        self._room: ReceiveRoom | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """KV bytes that have arrived, of all ranks."""
+        return self._room.assembly.num_bytes if self._room else 0
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte to the last; 0 before that."""
+        return self._room.seconds if self._room else 0.0
+
+    def init(self, prefill_dp_rank: int) -> None:
+        if refusal := self.kv_mgr.refusals.get(self.bootstrap_addr):
+            self._fail(refusal)
+            return
+        super().init(prefill_dp_rank)
+
+    def send_metadata(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+    ) -> None:
+        """Asks all prefill ranks for the request's KV, which goes to pages `kv_indices` of the pool."""
+        if self.bootstrap_infos is None or aux_index is None:
+            self._fail(f"Could not find the prefill ranks of {self.bootstrap_addr}.")
+            return
+        try:
+            self._room = self.kv_mgr.receiving.open(
+                self.bootstrap_room,
+                self._ranks(),
+                kv_indices.astype(np.int64),
+                aux_index,
+                decode_prefix_len or 0,
+            )
+        except ValueError as error:
+            self._fail(str(error))
+            return
+        self.init_time = time.time()
+
+    def poll(self) -> int:
+        if self.conclude_state is not None:
+            return self.conclude_state
+        status = self.kv_mgr.check_status(self.bootstrap_room)
+        if status != KVPoll.Failed and self._room is not None:
+            status = self._poll_room(self._room)
+        if status in (KVPoll.Success, KVPoll.Failed):
+            self.conclude_state = status
+        return status
+
+    def failure_exception(self) -> None:
+        self.conclude_state = KVPoll.Failed
+        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        self._close(reason or "The request failed on the decode server.")
+        self.clear()
+        raise KVTransferError(
+            self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason
+        )
+
+    def clear(self) -> None:
+        super().clear()
+        self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
+        self._close("")
+
+    def abort(self) -> None:
+        super().abort()
+        if self.bootstrap_addr not in self.kv_mgr.prefill_info_table:
+            reason = f"The prefill server at {self.bootstrap_addr} does not answer."
+            self.kv_mgr.record_failure(self.bootstrap_room, reason)
+
+    def _poll_room(self, room: ReceiveRoom) -> int:
+        if room.state is ReceiveState.COMPLETE:
+            self.prefill_info = room.assembly.info
+            return KVPoll.Success
+        if room.state is ReceiveState.FAILED:
+            self._fail(room.reason)
+            if room.lost_rank:
+                self.kv_mgr.forget_prefill(self.bootstrap_addr)
+            return KVPoll.Failed
+        timed_out = self._check_waiting_timeout()
+        return KVPoll.WaitingForInput if timed_out is None else timed_out
+
+    def _fail(self, reason: str) -> None:
+        self.kv_mgr.record_failure(self.bootstrap_room, reason)
+        self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
+        self.conclude_state = KVPoll.Failed
+
+    def _ranks(self) -> list[Address]:
+        return [(info["rank_ip"], info["rank_port"]) for info in self.bootstrap_infos]
+
+    def _send_abort_notification(self) -> None:
+        """Called by SGLang on abort and on timeout."""
+        reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "The request was aborted.")
+        if self._room is None:
+            self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason)
+        else:
+            self._close(reason)
+
+    def _close(self, reason: str) -> None:
+        if self._room is not None:
+            self.kv_mgr.receiving.close(self._room, reason)

@@ -1,0 +1,239 @@
+"""Decode side: one DEALER socket for each prefill rank. Asks for rooms, writes what arrives into the pool."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.assembly import Assembly, TransferError
+from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.loop import SocketLoop, receive
+from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
+from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
+
+logger = logging.getLogger(__name__)
+
+RECEIVE_HIGH_WATER_MARK = 8
+MAX_FRAMES_A_TURN = 16
+_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+Address: TypeAlias = tuple[str, int]
+
+
+class ReceiveState(Enum):
+    RECEIVING = "waiting for KV"
+    COMPLETE = "every byte of every rank and the first token are there"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class ReceiveRoom:
+    """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets.
+
+    `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
+    """
+
+    room: int
+    attempt: int
+    ranks: tuple[Address, ...]
+    pages: PageIds
+    aux_index: int
+    assembly: Assembly
+    state: ReceiveState = ReceiveState.RECEIVING
+    reason: str = ""
+    closed: bool = False
+    lost_rank: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    started: float = 0.0
+    finished: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte to the last."""
+        return max(0.0, self.finished - self.started) if self.started else 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Peer:
+    address: Address
+    socket: zmq.Socket
+    monitor: zmq.Socket
+
+
+class ReceivingEndpoint(SocketLoop):
+    def __init__(self, pages: Pages, aux: Pages, compat: Compat):
+        super().__init__("kv-receiving")
+        self._pages, self._aux, self._compat = pages, aux, compat
+        self._peers: dict[Address, _Peer] = {}
+        self._lock = threading.Lock()
+        self._rooms: dict[int, ReceiveRoom] = {}
+
+    def open(
+        self, room: int, ranks: Sequence[Address], pages: PageIds, aux_index: int, prefix_tokens: int = 0
+    ) -> ReceiveRoom:
+        """Asks every prefill rank for its part of `pages`; the first-token record goes to row `aux_index`.
+
+        Raises ValueError when the room is open already or a page is not in the pool.
+        """
+        if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self._pages.num_pages:
+            raise ValueError(f"Pages {pages.min()} to {pages.max()} leave [0, {self._pages.num_pages}).")
+        assembly = Assembly(self._pages.item_lens, len(pages), len(ranks))
+        opened = ReceiveRoom(room, secrets.randbits(63) | 1, tuple(ranks), pages, aux_index, assembly)
+        with self._lock:
+            if room in self._rooms:
+                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
+            self._rooms[room] = opened
+        ask = Ask(self._compat, len(pages), prefix_tokens)
+        self.call(partial(self._send_all, opened, wire.pack_message(ask, room, opened.attempt)))
+        return opened
+
+    def close(self, room: ReceiveRoom, reason: str = "") -> None:
+        """Forgets a room: when this returns, its pages are never written again. For any thread."""
+        with room.lock:
+            if room.closed:
+                return
+            room.closed = True
+        with self._lock:
+            del self._rooms[room.room]
+        if room.state is not ReceiveState.COMPLETE:
+            told = reason or "The decode server gave the request up."
+            self.refuse(room.room, room.ranks, told, room.attempt)
+
+    def refuse(self, room: int, ranks: Sequence[Address], reason: str, attempt: int = 0) -> None:
+        """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
+        frame = wire.pack_message(Stop(reason[:2000]), room, attempt)
+        for address in ranks:
+            self.call(partial(self._send, address, frame))
+
+    def _send_all(self, room: ReceiveRoom, frame: list[Buffer]) -> None:
+        for address in room.ranks:
+            self._send(address, frame)
+
+    def _send(self, address: Address, frame: list[Buffer]) -> None:
+        try:
+            self._peer(address).socket.send_multipart(frame, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            self._lose(address, f"Could not reach prefill rank {_name(address)} ({error}).")
+
+    def _peer(self, address: Address) -> _Peer:
+        peer = self._peers.get(address)
+        if peer is None:
+            peer = self._peers[address] = self._connect(address)
+        return peer
+
+    def _connect(self, address: Address) -> _Peer:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IPV6, int(":" in address[0]))
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        socket.setsockopt(zmq.MAXMSGSIZE, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
+        socket.setsockopt(zmq.LINGER, 0)
+        monitor = socket.get_monitor_socket(_LOST)
+        peer = _Peer(address, socket, monitor)
+        self.watch(socket, partial(self._receive_some, peer))
+        self.watch(monitor, partial(self._watch_connection, peer))
+        socket.connect(f"tcp://{_name(address)}")
+        return peer
+
+    def _watch_connection(self, peer: _Peer) -> None:
+        recv_monitor_message(peer.monitor, zmq.NOBLOCK)
+        self._lose(peer.address, f"Lost the connection to prefill rank {_name(peer.address)}.")
+
+    def _lose(self, address: Address, reason: str) -> None:
+        """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
+        peer = self._peers.pop(address, None)
+        if peer is not None:
+            peer.socket.disable_monitor()
+            self.forget(peer.monitor)
+            self.forget(peer.socket)
+        with self._lock:
+            affected = [room for room in self._rooms.values() if address in room.ranks]
+        for room in affected:
+            room.lost_rank = True
+            self._fail(room, reason)
+
+    def _receive_some(self, peer: _Peer) -> None:
+        for _ in range(MAX_FRAMES_A_TURN):
+            if peer.socket.closed or (parts := receive(peer.socket)) is None:
+                return
+            try:
+                self._dispatch(peer, wire.parse(parts))
+            except WireError as error:
+                logger.warning("KV transfer: dropped a frame from %s: %s", _name(peer.address), error)
+
+    def _dispatch(self, peer: _Peer, frame: Frame) -> None:
+        with self._lock:
+            room = self._rooms.get(frame.room)
+        if room is None or room.attempt != frame.attempt or peer.address not in room.ranks:
+            logger.debug("KV transfer: ignored %s for room %d: not open", frame.kind.name, frame.room)
+            return
+        with room.lock:
+            if room.closed or room.state is not ReceiveState.RECEIVING:
+                return
+            try:
+                self._take(room, room.ranks.index(peer.address), frame)
+            except TransferError as error:
+                self._fail(room, str(error))
+                return
+        if room.state is ReceiveState.COMPLETE:
+            self._send_all(room, wire.pack(Kind.DONE, room.room, room.attempt))
+
+    def _take(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
+        assembly = room.assembly
+        if frame.kind is Kind.DATA:
+            self._write(room, rank, frame)
+        elif frame.kind is Kind.ANNOUNCE:
+            assembly.announce(rank, wire.parse_message(frame, Announce))
+        elif frame.kind is Kind.AUX:
+            self._take_aux(room, rank, frame)
+        elif frame.kind is Kind.END:
+            assembly.end(rank, wire.parse_message(frame, End))
+        elif frame.kind is Kind.STOP:
+            raise TransferError(wire.parse_message(frame, Stop).reason)
+        else:
+            raise WireError(f"{frame.kind.name} is not for a decode server")
+        if assembly.complete:
+            self._finish(room)
+
+    def _write(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
+        room.started = room.started or time.monotonic()
+        block = wire.parse_block(frame, self._pages.item_lens, len(room.pages))
+        room.assembly.check_block(rank, block)
+        ids = room.pages[block.first_page : block.first_page + block.num_pages]
+        payload = frame.payload or b""
+        self._pages.scatter(block.first_buffer, block.num_buffers, ids, payload)
+        room.assembly.add_block(rank, block, len(payload))
+
+    def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
+        payload, expected = frame.payload or b"", sum(self._aux.item_lens)
+        if len(payload) != expected:
+            raise WireError(f"AUX: payload of {len(payload)} bytes, a first-token record has {expected}")
+        room.assembly.add_aux(rank, bytes(payload))
+
+    def _finish(self, room: ReceiveRoom) -> None:
+        # Only now: until then SGLang sees the row as not written.
+        row = np.array([room.aux_index], np.int64)
+        self._aux.scatter(0, len(self._aux.item_lens), row, room.assembly.aux or b"")
+        room.finished = time.monotonic()
+        room.state = ReceiveState.COMPLETE
+
+    def _fail(self, room: ReceiveRoom, reason: str) -> None:
+        if room.state is ReceiveState.RECEIVING:
+            room.reason = reason
+            room.state = ReceiveState.FAILED
+
+
+def _name(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

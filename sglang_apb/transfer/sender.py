@@ -1,0 +1,187 @@
+"""SGLang's KV sender: one request on one prefill rank. Called by the scheduler's thread only."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
+from sglang.srt.disaggregation.common.conn import CommonKVSender, KVTransferError
+from sglang.srt.disaggregation.utils import _get_cp_rank_page_bounds
+
+from sglang_apb.transfer import ownership
+from sglang_apb.transfer.manager import ZmqKVManager
+from sglang_apb.transfer.ownership import PageRange
+from sglang_apb.transfer.sending import SendRoom, SendState
+from sglang_apb.transfer.wire import check_info
+
+_POLL = {
+    SendState.UNASKED: KVPoll.Bootstrapping,
+    SendState.ASKED: KVPoll.WaitingForInput,
+    SendState.DONE: KVPoll.Success,
+    SendState.FAILED: KVPoll.Failed,
+}
+
+
+class ZmqKVSender(CommonKVSender):
+    kv_mgr: ZmqKVManager
+    num_kv_indices: int
+
+    def __init__(
+        self,
+        mgr: ZmqKVManager,
+        bootstrap_addr: str,
+        bootstrap_room: int,
+        dest_tp_ranks: list[int],
+        pp_rank: int,
+        req_has_disagg_prefill_dp_rank: bool = False,
+    ):
+        super().__init__(
+            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
+        )
+        self.init_time = time.time()
+        self._owned: tuple[PageRange, ...] | None = None
+        self._info: dict[str, int | str] = {}
+        self._prefix_pages = 0
+        self._announced = False
+        self._last_send = 0.0
+        try:
+            self._room: SendRoom = mgr.sending.open(bootstrap_room)
+        except ValueError as error:
+            self._room = SendRoom(bootstrap_room, SendState.FAILED, str(error))
+        # SGLang drops a sender without a word when a client aborts a request that waits for its batch.
+        weakref.finalize(self, mgr.sending.close, self._room).atexit = False
+
+    @property
+    def num_bytes(self) -> int:
+        """KV bytes that this rank has sent."""
+        return self._room.num_bytes
+
+    @property
+    def seconds(self) -> float:
+        """From the first `send` to the decode server's "done"; 0 before that."""
+        return self._room.seconds
+
+    def set_owned_pages(self, ranges: Sequence[PageRange]) -> None:
+        """Says that this rank holds page ranges [start, end) of the request; before its first `send`.
+
+        Pages count from the request's first token. Across the ranks the ranges must partition the request;
+        a rank may hold none. Without this call every rank sends its part of SGLang's contiguous split.
+        Raises ValueError when ranges overlap, and RuntimeError after the first `send`.
+        """
+        if self._announced:
+            raise RuntimeError("set_owned_pages must be called before the request's first send.")
+        self._owned = ownership.check_ranges(ranges, max((end for _, end in ranges), default=0))
+
+    def set_prefill_info(self, info: Mapping[str, int | str]) -> None:
+        """Facts about the prefill for the decode server: at most 16 short strings or integers.
+
+        Raises ValueError when there are more, or one is of another type or too long.
+        """
+        self._info = check_info(info)
+
+    def pop_decode_prefix_len(self) -> int:
+        """Tokens that the decode server has in its cache already: whole pages, which are not sent."""
+        prefix_tokens = self._room.ask.prefix_tokens if self._room.ask else 0
+        self._prefix_pages = prefix_tokens // self.kv_mgr.kv_args.page_size
+        return prefix_tokens
+
+    def send(
+        self,
+        kv_indices: npt.NDArray[np.int32],
+        state_indices: list[Any] | None = None,
+        num_kv_tokens: int | None = None,
+    ) -> None:
+        """Queues this rank's part of the request's next pages, `kv_indices` in the pool, which are final."""
+        if self._room.state is not SendState.ASKED or not self._check_num_pages():
+            return
+        endpoint, owned = self.kv_mgr.sending, self._owned_of_sent()
+        if not self._announced:
+            self._announced = True
+            endpoint.announce(self._room, owned)
+        first, self.curr_idx = self.curr_idx, self.curr_idx + len(kv_indices)
+        wait = self._take_wait()
+        for start, end in ownership.clip(owned, (first, self.curr_idx)):
+            ids = kv_indices[start - first : end - first].astype(np.int64)
+            endpoint.send_pages(self._room, start, ids, wait)
+        if self.curr_idx == self.num_kv_indices:
+            aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 else None
+            endpoint.finish(self._room, aux_index, self._info)
+        self._last_send = time.time()
+
+    def poll(self) -> int:
+        if self.conclude_state is not None:
+            return self.conclude_state
+        if self.kv_mgr.request_status.get(self.bootstrap_room) == KVPoll.Failed:
+            return KVPoll.Failed
+        status = _POLL[self._room.state]
+        if status == KVPoll.Bootstrapping and self._check_bootstrap_timeout() is not None:
+            return KVPoll.Failed
+        if status == KVPoll.WaitingForInput and self._announced:
+            status = self._check_transfer_timeout()
+        if status in (KVPoll.Success, KVPoll.Failed):
+            self.conclude_state = status
+        return status
+
+    def failure_exception(self) -> None:
+        self.conclude_state = KVPoll.Failed
+        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._room.reason
+        self._close(reason)
+        self.clear()
+        raise KVTransferError(
+            self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason
+        )
+
+    def clear(self) -> None:
+        super().clear()
+        self._close("")
+
+    def abort(self) -> None:
+        super().abort()
+        self._close("The request was aborted on the prefill server.")
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        return KVTransferMetric(transfer_latency_s=self.seconds, transfer_total_bytes=self.num_bytes)
+
+    def _owned_of_sent(self) -> list[PageRange]:
+        """The owned ranges, counted from the first page that is sent (after the decode server's prefix)."""
+        if self._owned is None:
+            rank, num_ranks = self.kv_mgr.attn_cp_rank, self.kv_mgr.attn_cp_size
+            return [_get_cp_rank_page_bounds(self.num_kv_indices, rank, num_ranks)]
+        return ownership.clip(ownership.shift(self._owned, -self._prefix_pages), (0, self.num_kv_indices))
+
+    def _check_num_pages(self) -> bool:
+        asked = self._room.ask.num_pages if self._room.ask else self.num_kv_indices
+        if asked == self.num_kv_indices:
+            return True
+        self._fail(
+            f"The prompt has {self.num_kv_indices} pages to send on the prefill server, the decode server "
+            f"waits for {asked}: start both with the same model, tokenizer and chat template."
+        )
+        return False
+
+    def _check_transfer_timeout(self) -> int:
+        if time.time() - self._last_send < self.kv_mgr.bootstrap_timeout:
+            return KVPoll.Transferring
+        self._fail(
+            f"The decode server has not confirmed the request's KV for {self.kv_mgr.bootstrap_timeout} s "
+            f"(SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT)."
+        )
+        return KVPoll.Failed
+
+    def _fail(self, reason: str) -> None:
+        self.kv_mgr.record_failure(self.bootstrap_room, reason)
+        self.conclude_state = KVPoll.Failed
+        self._close(reason)
+
+    def _close(self, reason: str) -> None:
+        self.kv_mgr.sending.close(self._room, reason)
+
+    def _take_wait(self) -> Callable[[], None] | None:
+        """SGLang sends a cached prefix before the batch that may be writing it has ended, with this event."""
+        event = self.__dict__.pop("_early_send_wait_event", None)
+        return event.synchronize if event is not None else None

@@ -1,0 +1,322 @@
+"""Prefill side: one ROUTER socket a rank. Decode servers connect, ask for rooms, and get their pages."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+
+import numpy as np
+import zmq
+
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.compat import Compat, find_difference
+from sglang_apb.transfer.loop import SocketLoop, receive
+from sglang_apb.transfer.ownership import PageRange
+from sglang_apb.transfer.pages import PageIds, Pages, plan_blocks
+from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
+
+logger = logging.getLogger(__name__)
+
+# Bounds what waits in this process for a slow decode server: about 12 MB of blocks each.
+SEND_HIGH_WATER_MARK = 8
+RETRY_MS = 2.0
+MAX_EARLY_ASKS = 1 << 16
+MAX_FRAMES_A_TURN = 64
+
+Frames = Iterator[list[Buffer]]
+
+
+class SendState(Enum):
+    UNASKED = "the decode server has not asked yet"
+    ASKED = "the decode server's pages are ready"
+    DONE = "the decode server has everything"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class SendRoom:
+    """One request's transfer. State changes happen in the loop's thread; any thread may read them.
+
+    `closed` is set by the owner before the request's pages are freed: a block that is still being gathered
+    then is not sent any more.
+    """
+
+    room: int
+    state: SendState = SendState.UNASKED
+    reason: str = ""
+    ask: Ask | None = None
+    attempt: int = 0
+    identity: bytes = b""
+    closed: bool = False
+    num_bytes: int = 0
+    started: float = 0.0
+    finished: float = 0.0
+    outbox: deque[Frames] = field(default_factory=deque)
+    unsent: list[Buffer] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the first `send` to the decode server's "done"."""
+        return max(0.0, self.finished - self.started)
+
+
+@dataclass(frozen=True)
+class _Early:
+    """What a decode server said about a room that this side may not know yet (or, in `_given_up`, what this
+    side will answer when it is asked). A non-empty `reason` means failure."""
+
+    identity: bytes
+    frame: Frame
+    ask: Ask | None
+    reason: str
+    expires: float
+
+
+class SendingEndpoint(SocketLoop):
+    """Listens on `host` at `port`. Asks wait in the socket until `start_sending`, when the pool exists."""
+
+    def __init__(self, host: str, early_ask_seconds: float = 300.0):
+        super().__init__("kv-sending")
+        self._socket = self.context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BODY_BYTES)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
+        self._lock = threading.Lock()
+        self._rooms: dict[int, SendRoom] = {}
+        self._early: dict[int, _Early] = {}
+        self._given_up: dict[int, _Early] = {}
+        self._early_ask_seconds = early_ask_seconds
+        self._busy: deque[SendRoom] = deque()
+        self._blocked = 0
+
+    def start_sending(self, pages: Pages, aux: Pages, compat: Compat) -> None:
+        self._pages, self._aux, self._compat = pages, aux, compat
+        self.watch(self._socket, self._receive_all)
+        self.start()
+
+    def open(self, room: int) -> SendRoom:
+        """Raises ValueError when the room is open already."""
+        with self._lock:
+            if room in self._rooms:
+                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
+            opened = self._rooms[room] = SendRoom(room)
+            early = self._early.pop(room, None)
+            self._given_up.pop(room, None)
+        if early is not None:
+            self.call(partial(self._apply, opened, early))
+        return opened
+
+    def announce(self, room: SendRoom, ranges: Sequence[PageRange]) -> None:
+        """Says which pages this rank sends; before any `send_pages`."""
+        room.started = time.monotonic()
+        self._put(room, lambda: iter([self._message(room, Announce(list(ranges)))]))
+
+    def send_pages(
+        self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None = None
+    ) -> None:
+        """Queues pages [first_page, + len(ids)) of the request, which are pages `ids` of the pool.
+
+        `wait` is called before the first byte is read, when the pages are not final yet.
+        """
+        self._put(room, lambda: self._blocks(room, first_page, ids, wait))
+
+    def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
+        """Queues the aux row (None on ranks that do not hold it) and the end."""
+        self._put(room, lambda: self._tail(room, aux_index, dict(info)))
+
+    def close(self, room: SendRoom, reason: str = "") -> None:
+        """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
+        with self._lock:
+            if room.closed:
+                return
+            room.closed = True
+            if self._rooms.get(room.room) is room:
+                del self._rooms[room.room]
+        self.call(partial(self._drop, room, reason or "The prefill server gave the request up."))
+
+    def work(self) -> float | None:
+        if not self._busy:
+            return None
+        room = self._busy.popleft()
+        if self._send_next(room):
+            self._busy.appendleft(room)
+            self._blocked = 0
+        elif room.unsent is not None:
+            self._busy.append(room)
+            self._blocked += 1
+        return RETRY_MS if self._blocked >= len(self._busy) > 0 else 0.0 if self._busy else None
+
+    def _put(self, room: SendRoom, frames: Callable[[], Frames]) -> None:
+        def enqueue() -> None:
+            if room.closed or room.state is not SendState.ASKED:
+                return
+            room.outbox.append(frames())
+            if room not in self._busy:
+                self._busy.append(room)
+
+        self.call(enqueue)
+
+    def _send_next(self, room: SendRoom) -> bool:
+        """Sends one frame. False when there is nothing to send or the decode server is not keeping up."""
+        frame = room.unsent or self._next_frame(room)
+        room.unsent = None
+        if frame is None or room.closed or room.state is not SendState.ASKED:
+            room.outbox.clear()
+            return False
+        try:
+            self._socket.send_multipart([room.identity, *frame], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            room.unsent = frame
+            return False
+        except zmq.ZMQError as error:
+            self._fail(room, f"Lost the connection to the decode server ({error}).")
+            return False
+        return True
+
+    def _next_frame(self, room: SendRoom) -> list[Buffer] | None:
+        while room.outbox and not room.closed:
+            try:
+                frame = next(room.outbox[0], None)
+            except Exception as error:
+                logger.exception("KV transfer: could not read the pages of room %d", room.room)
+                self._fail(room, f"The prefill server could not read the request's pages: {error!r}.")
+                self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
+                return None
+            if frame is not None:
+                return frame
+            room.outbox.popleft()
+        return None
+
+    def _blocks(
+        self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None
+    ) -> Frames:
+        if wait is not None:
+            wait()
+        for block in plan_blocks(self._pages.item_lens, first_page, len(ids)):
+            start = block.first_page - first_page
+            payload = self._pages.gather(
+                block.first_buffer, block.num_buffers, ids[start : start + block.num_pages]
+            )
+            room.num_bytes += payload.nbytes
+            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), memoryview(payload))
+
+    def _tail(self, room: SendRoom, aux_index: int | None, info: dict[str, int | str]) -> Frames:
+        if aux_index is not None:
+            row = self._aux.gather(0, len(self._aux.item_lens), np.array([aux_index], np.int64))
+            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", memoryview(row))
+        yield self._message(room, End(room.num_bytes, info))
+
+    def _message(self, room: SendRoom, message: wire.Message) -> list[Buffer]:
+        return wire.pack_message(message, room.room, room.attempt)
+
+    def _receive_all(self) -> None:
+        for _ in range(MAX_FRAMES_A_TURN):
+            if (parts := receive(self._socket, wire.MAX_PARTS + 1)) is None:
+                return
+            identity = bytes(parts[0])
+            try:
+                self._dispatch(identity, wire.parse(parts[1:]))
+            except wire.VersionError as error:
+                reason = (
+                    f"The decode server speaks wire version {error.version}, the prefill server "
+                    f"{wire.VERSION}: install the same version of sglang-apb on both."
+                )
+                self._settle(error.frame.room, _Early(identity, error.frame, None, reason, self._expiry()))
+            except WireError as error:
+                logger.warning("KV transfer: dropped a frame from a decode server: %s", error)
+
+    def _dispatch(self, identity: bytes, frame: Frame) -> None:
+        if frame.kind is Kind.ASK:
+            ask = wire.parse_message(frame, Ask)
+            reason = find_difference(self._compat, ask.compat) or ""
+            self._settle(frame.room, _Early(identity, frame, ask, reason, self._expiry()))
+        elif frame.kind is Kind.STOP:
+            reason = wire.parse_message(frame, Stop).reason
+            self._settle(frame.room, _Early(identity, frame, None, reason, self._expiry()))
+        elif frame.kind is Kind.DONE:
+            self._complete(identity, frame)
+        else:
+            raise WireError(f"{frame.kind.name} is not for a prefill server")
+
+    def _settle(self, room_id: int, early: _Early) -> None:
+        """Applies what a decode server says now, or keeps it until the room is opened here."""
+        with self._lock:
+            room = self._rooms.get(room_id)
+            given_up = self._given_up.get(room_id)
+            if room is None and given_up is None:
+                _keep(self._early, room_id, early)
+        reason = early.reason or (given_up.reason if given_up else "")
+        if room is not None:
+            self._apply(room, early)
+        elif reason and early.frame.kind is Kind.ASK:
+            self._reply(early.identity, wire.pack_message(Stop(reason), room_id, early.frame.attempt))
+
+    def _apply(self, room: SendRoom, early: _Early) -> None:
+        if early.ask is None and early.frame.kind is Kind.STOP:
+            if early.frame.attempt in (0, room.attempt):
+                self._fail(room, early.reason)
+            return
+        if room.state is not SendState.UNASKED or room.closed:
+            logger.warning("KV transfer: dropped a second ask for room %d", room.room)
+            return
+        room.identity, room.attempt, room.ask = early.identity, early.frame.attempt, early.ask
+        if early.reason:
+            self._fail(room, early.reason)
+            self._reply(room.identity, self._message(room, Stop(early.reason)))
+        else:
+            room.state = SendState.ASKED
+
+    def _complete(self, identity: bytes, frame: Frame) -> None:
+        with self._lock:
+            room = self._rooms.get(frame.room)
+        if room is None or (room.identity, room.attempt) != (identity, frame.attempt):
+            return
+        if room.state is SendState.ASKED:
+            room.finished = time.monotonic()
+            room.state = SendState.DONE
+
+    def _drop(self, room: SendRoom, reason: str) -> None:
+        room.outbox.clear()
+        if room.state is SendState.ASKED:
+            self._reply(room.identity, self._message(room, Stop(reason[:2000])))
+        elif room.state is SendState.UNASKED:
+            given_up = _Early(b"", Frame(Kind.STOP, room.room, 0), None, reason[:2000], self._expiry())
+            with self._lock:
+                if room.room not in self._rooms:
+                    _keep(self._given_up, room.room, given_up)
+
+    def _fail(self, room: SendRoom, reason: str) -> None:
+        if room.state is not SendState.DONE:
+            room.reason = reason
+            room.state = SendState.FAILED
+        room.outbox.clear()
+
+    def _reply(self, identity: bytes, frame: list[Buffer]) -> None:
+        try:
+            self._socket.send_multipart([identity, *frame], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            logger.debug("KV transfer: a decode server did not take a reply: %s", error)
+
+    def _expiry(self) -> float:
+        return time.monotonic() + self._early_ask_seconds
+
+
+def _keep(table: dict[int, _Early], room: int, early: _Early) -> None:
+    """Adds to a table in order of time, of which expired and surplus entries go."""
+    now = time.monotonic()
+    while table:
+        oldest = next(iter(table))
+        if table[oldest].expires > now and len(table) < MAX_EARLY_ASKS:
+            break
+        del table[oldest]
+    table.pop(room, None)
+    table[room] = early

@@ -1,0 +1,221 @@
+"""Frames between one prefill rank and one decode rank, and the checks on each of them.
+
+A frame is two or three ZMQ parts: header, body, and for DATA and AUX a payload of raw bytes.
+
+    header   magic "SAPB" | version u8 | kind u8 | 2 zero bytes | room u64 | attempt u64 | checksum u64
+    body     DATA: four u32 (Block); ASK, ANNOUNCE, END, STOP: msgpack with bounded fields; else empty
+
+`room` is SGLang's bootstrap room. `attempt` is chosen by the decode side for each ask, so that a late frame
+of an earlier transfer in the same room is recognised. The checksum is XXH3-64 over everything else.
+The header and STOP keep their layout in all versions: a peer of another one can be told why it is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+import xxhash
+from msgspec import Meta
+
+from sglang_apb.transfer.compat import Compat
+
+MAGIC = b"SAPB"
+VERSION = 1
+MAX_PARTS = 3
+MAX_BODY_BYTES = 1 << 20
+MAX_PAGES = 1 << 26
+MAX_RANGES = 4096
+MAX_INFO_ENTRIES = 16
+
+_HEADER = struct.Struct("!4sBB2xQQQ")
+_CHECKSUM_AT = _HEADER.size - 8
+_BLOCK = struct.Struct("!IIII")
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PageNumber = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
+InfoText = Annotated[str, Meta(max_length=256)]
+InfoNumber = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
+Info = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], InfoNumber | InfoText], Meta(max_length=MAX_INFO_ENTRIES)
+]
+
+
+class WireError(ValueError):
+    """A frame that is not one of ours, or is damaged. It is dropped."""
+
+
+class VersionError(WireError):
+    """A frame of another wire version. Its header is readable: `frame` carries room and attempt."""
+
+    def __init__(self, version: int, frame: Frame):
+        super().__init__(f"wire version {version}, this side speaks version {VERSION}")
+        self.version = version
+        self.frame = frame
+
+
+class Kind(IntEnum):
+    ASK = 1
+    ANNOUNCE = 2
+    DATA = 3
+    AUX = 4
+    END = 5
+    DONE = 6
+    STOP = 7
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame whose checksum is right. `payload` is None except for DATA and AUX."""
+
+    kind: Kind
+    room: int
+    attempt: int
+    body: Buffer = b""
+    payload: Buffer | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Pages [first_page, first_page + num_pages) of the request in buffers [first_buffer, + num_buffers).
+
+    Page numbers count within the pages that were asked for, so a peer can never name a page of the pool.
+    The payload holds, buffer after buffer, the block's pages.
+    """
+
+    first_buffer: int
+    num_buffers: int
+    first_page: int
+    num_pages: int
+
+    def pack(self) -> bytes:
+        return _BLOCK.pack(self.first_buffer, self.num_buffers, self.first_page, self.num_pages)
+
+
+class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Decode to prefill: `num_pages` pages wait for this room's KV after `prefix_tokens`, which are there."""
+
+    compat: Compat
+    num_pages: PageNumber
+    prefix_tokens: PageNumber
+
+
+class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prefill to decode, first: the page ranges [start, end) that this rank is going to send."""
+
+    ranges: Annotated[list[tuple[PageNumber, PageNumber]], Meta(max_length=MAX_RANGES)]
+
+
+class End(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Prefill to decode, last: the KV bytes this rank sent, and what it has to tell about the prefill."""
+
+    num_bytes: Annotated[int, Meta(ge=0, le=1 << 62)]
+    info: Info
+
+
+class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Either way: this transfer has failed, for this reason."""
+
+    reason: Annotated[str, Meta(max_length=2000)]
+
+
+Message: TypeAlias = Ask | Announce | End | Stop
+M = TypeVar("M", Ask, Announce, End, Stop)
+
+_KIND_OF: dict[type, Kind] = {Ask: Kind.ASK, Announce: Kind.ANNOUNCE, End: Kind.END, Stop: Kind.STOP}
+_DECODERS = {kind: msgspec.msgpack.Decoder(message) for message, kind in _KIND_OF.items()}
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(
+    kind: Kind, room: int, attempt: int, body: bytes = b"", payload: Buffer | None = None
+) -> list[Buffer]:
+    """The parts of one frame. `payload` is not copied."""
+    parts: list[Buffer] = [body] if payload is None else [body, payload]
+    header = bytearray(_HEADER.pack(MAGIC, VERSION, kind, room, attempt, 0))
+    struct.pack_into("!Q", header, _CHECKSUM_AT, _checksum(header, parts))
+    return [bytes(header), *parts]
+
+
+def pack_message(message: Message, room: int, attempt: int) -> list[Buffer]:
+    return pack(_KIND_OF[type(message)], room, attempt, _encoder.encode(message))
+
+
+def parse(parts: Sequence[Buffer]) -> Frame:
+    """Raises VersionError for another wire version, WireError for anything else that is not a frame."""
+    if not 2 <= len(parts) <= MAX_PARTS:
+        raise WireError(f"{len(parts)} parts")
+    header = parts[0]
+    if len(header) != _HEADER.size:
+        raise WireError(f"header of {len(header)} bytes")
+    magic, version, kind, room, attempt, checksum = _HEADER.unpack(header)
+    if magic != MAGIC:
+        raise WireError(f"magic {magic!r}")
+    if version != VERSION and kind != Kind.STOP:
+        raise VersionError(version, Frame(Kind.ASK, room, attempt))
+    if len(parts[1]) > MAX_BODY_BYTES:
+        raise WireError(f"body of {len(parts[1])} bytes")
+    if kind not in Kind.__members__.values():
+        raise WireError(f"unknown kind {kind}")
+    if (len(parts) == MAX_PARTS) != (kind in (Kind.DATA, Kind.AUX)):
+        raise WireError(f"{Kind(kind).name} with {len(parts)} parts")
+    blank = bytes(header[:_CHECKSUM_AT]) + bytes(8)
+    if _checksum(blank, parts[1:]) != checksum:
+        raise WireError(f"{Kind(kind).name} with a wrong checksum")
+    payload = parts[2] if len(parts) == MAX_PARTS else None
+    return Frame(Kind(kind), room, attempt, parts[1], payload)
+
+
+def parse_message(frame: Frame, message: type[M]) -> M:
+    """Raises WireError when the body is not a `message` with every field in its bounds."""
+    try:
+        return _DECODERS[_KIND_OF[message]].decode(frame.body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"{frame.kind.name}: {error}") from error
+
+
+def check_info(info: Mapping[str, int | str]) -> dict[str, int | str]:
+    """Raises ValueError when `info` does not fit into an END."""
+    try:
+        return msgspec.convert(dict(info), Info)
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"Prefill info must be at most {MAX_INFO_ENTRIES} short strings or integers: {error}"
+        ) from error
+
+
+def parse_block(frame: Frame, item_lens: Sequence[int], num_pages: int) -> Block:
+    """The block of a DATA frame for a request of `num_pages` pages.
+
+    `item_lens` are the bytes of one page in each buffer of the pool. Raises WireError when the block reaches
+    outside the pool's buffers or the request's pages, or the payload is not exactly as long as the block.
+    """
+    if len(frame.body) != _BLOCK.size:
+        raise WireError(f"DATA: body of {len(frame.body)} bytes")
+    block = Block(*_BLOCK.unpack(frame.body))
+    if not (block.num_buffers >= 1 and block.first_buffer + block.num_buffers <= len(item_lens)):
+        raise WireError(f"DATA: {block} reaches outside {len(item_lens)} buffers")
+    if not (block.num_pages >= 1 and block.first_page + block.num_pages <= num_pages):
+        raise WireError(f"DATA: {block} reaches outside {num_pages} pages")
+    expected = block_bytes(block, item_lens)
+    if len(frame.payload or b"") != expected:
+        raise WireError(f"DATA: payload of {len(frame.payload or b'')} bytes, {block} has {expected}")
+    return block
+
+
+def block_bytes(block: Block, item_lens: Sequence[int]) -> int:
+    return block.num_pages * sum(item_lens[block.first_buffer : block.first_buffer + block.num_buffers])
+
+
+def _checksum(header: Buffer, parts: Sequence[Buffer]) -> int:
+    digest = xxhash.xxh3_64(header)
+    for part in parts:
+        # The length keeps a byte from moving between body and payload unseen.
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.intdigest()

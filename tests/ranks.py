@@ -1,0 +1,73 @@
+"""Runs a function on several real processes, joined by gloo; a failing rank fails the caller."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+    """function(group, *args) on every rank; their results by rank.
+
+    Raises AssertionError with the rank's traceback when a rank fails, dies or does not end in time.
+    """
+    context = mp.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = context.Queue()
+    processes = [
+        context.Process(target=_rank, args=(rank, num_ranks, port, results, function, args), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        outcomes = dict(_take(results, processes, timeout_s) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    for rank, process in enumerate(processes):
+        error, value = outcomes[rank]
+        assert error is None, f"rank {rank} failed:\n{error}"
+        assert process.exitcode == 0, f"rank {rank} exited with {process.exitcode}"
+        outcomes[rank] = value
+    return [outcomes[rank] for rank in range(num_ranks)]
+
+
+def _take(results: Any, processes: list[Any], timeout_s: float) -> tuple[int, tuple[str | None, Any]]:
+    for _ in range(int(timeout_s)):
+        try:
+            rank, error, value = results.get(timeout=1)
+            return rank, (error, value)
+        except Exception:  # queue.Empty: look whether anyone can still answer
+            dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
+            assert not dead, f"a rank died with exit code {dead[0]}"
+    raise AssertionError(f"ranks did not end within {timeout_s} s")
+
+
+def _rank(
+    rank: int, num_ranks: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        value = function(dist.group.WORLD, *args)
+        dist.barrier()
+        results.put((rank, None, value))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+        raise
+    finally:
+        results.close()
+        results.join_thread()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""The split of a prompt: every token has one owner, no key is seen twice, lengths follow the prompt."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sglang_apb.config import ApbConfig, ConfigError, parse
+from sglang_apb.layout import LayoutError, plan
+
+CONFIGS = [
+    ApbConfig(),
+    ApbConfig(num_blocks=1),
+    ApbConfig(num_blocks=5, anchor=7, passing=3),
+    ApbConfig(block=100, anchor=100, passing=0),
+    ApbConfig(anchor=900, passing=11),
+    ApbConfig(passing="all", balance="contiguous"),
+    ApbConfig(anchor_mode="recomputed", order="two_pass"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("num_tokens", [7, 300, 1025, 4096])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_every_token_and_page_has_one_owner(
+    config: ApbConfig, num_tokens: int, num_ranks: int, page_size: int
+) -> None:
+    layout = plan(num_tokens, config, num_ranks=num_ranks, page_size=page_size)
+    tokens = list(range(layout.context_end, num_tokens))
+    for rank in range(num_ranks):
+        for span in layout.rows_of(rank).block_tokens.values():
+            tokens += range(span.start, span.end)
+    assert sorted(tokens) == list(range(num_tokens))
+    pages = itertools.chain.from_iterable(
+        range(*pages) for rank in range(num_ranks) for pages in layout.owned_pages(rank, page_size)
+    )
+    assert sorted(pages) == list(range(-(-num_tokens // page_size)))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_rows_are_anchor_blocks_question_without_gaps(config: ApbConfig) -> None:
+    layout = plan(2000, config, num_ranks=3)
+    for rank in range(3):
+        rows = layout.rows_of(rank)
+        spans = [rows.anchor, *rows.blocks.values(), rows.question]
+        assert spans[0].start == 0
+        assert all(a.end == b.start for a, b in itertools.pairwise(spans))
+        assert sum(map(len, rows.tokens)) == sum(map(len, rows.positions)) == spans[-1].end
+
+
+def test_lengths_follow_the_prompt() -> None:
+    layout = plan(131072, ApbConfig())
+    assert (layout.anchor, layout.passing, layout.num_blocks, len(layout.question)) == (2048, 1024, 16, 256)
+    assert 0.20 < layout.attention_share < 0.22  # the work that the design's budget counts with
+    short = plan(600, ApbConfig())
+    assert (short.anchor, short.passing, len(short.question)) == (128, 128, 150)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_zigzag_evens_out_the_passing_work(num_ranks: int) -> None:
+    def work(balance: str) -> list[int]:
+        layout = plan(65536, ApbConfig(balance=balance), num_ranks=num_ranks)
+        return [sum(layout.blocks_of(rank)) for rank in range(num_ranks)]
+
+    assert len(set(work("zigzag"))) == 1
+    assert len(set(work("contiguous"))) == num_ranks
+
+
+def test_a_key_is_anchor_or_candidate_never_both() -> None:
+    for anchor in (0, 10, 100, 250, 1000):
+        layout = plan(1100, ApbConfig(anchor=anchor, num_blocks=10, question_tokens=100))
+        for block in range(layout.num_blocks):
+            candidates = layout.candidates(block)
+            assert candidates.start >= min(anchor, candidates.end)
+            assert layout.num_anchor_keys(block) <= layout.blocks[block].start
+
+
+def test_question_that_leaves_no_context_is_refused_with_the_numbers() -> None:
+    with pytest.raises(LayoutError, match="question_tokens=64 leaves no context in a prompt of 64 tokens"):
+        plan(64, ApbConfig(), question_tokens=64)
+    with pytest.raises(LayoutError, match="give at most 48"):
+        plan(64, ApbConfig(), page_size=16, question_tokens=50)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "not valid JSON"),
+        ("[1]", "neither a JSON object nor a readable file"),
+        ('{"anchors": 3}', "unknown option 'anchors'.*known: anchor, passing"),
+        ('{"anchor": -1}', "anchor must be a whole number of at least 0, not -1"),
+        ('{"anchor": true}', "anchor must be a whole number"),
+        ('{"passing": "some"}', 'passing must be a whole number of at least 0 or "all"'),
+        ('{"num_blocks": 0}', "num_blocks must be"),
+        ('{"num_blocks": 2, "block": 3}', "twice"),
+        ('{"selector": "best"}', "selector must be one of query"),
+        ('{"balance": "even"}', "balance must be one of zigzag, contiguous"),
+        ('{"order": "two_pass"}', 'add anchor_mode="recomputed"'),
+        ("/no/such/file", "neither a JSON object nor a readable file"),
+    ],
+)
+def test_bad_configuration_is_one_clear_sentence(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(text)
+
+
+def test_configuration_from_a_file(tmp_path: object) -> None:
+    path = tmp_path / "apb.json"  # type: ignore[operator]
+    path.write_text('{"num_blocks": 4}')
+    assert parse(str(path)).num_blocks == 4

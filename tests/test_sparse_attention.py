@@ -1,0 +1,245 @@
+"""Every engine, rank count and option against the fp32 oracle, one layer at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from ranks import run_ranks
+
+from sglang_apb import selection
+from sglang_apb.attention.base import Partial, Segment, merge
+from sglang_apb.attention.sdpa import SdpaEngine
+from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.config import ApbConfig
+from sglang_apb.layout import Layout, plan
+from sglang_apb.rank_group import RankGroup
+
+NUM_TOKENS, QUESTION, HEAD_DIM = 203, 23, 16
+SCALE = HEAD_DIM**-0.5
+TOLERANCE = 2e-6  # float32 rounding over some hundred keys; a single lost or doubled key moves rows by 1e-3 and more
+
+CONFIGS = {
+    "default lengths": ApbConfig(),
+    "few blocks": ApbConfig(num_blocks=4, anchor=10, passing=6),
+    "anchor over several blocks": ApbConfig(num_blocks=9, anchor=50, passing=5),
+    "nothing passed": ApbConfig(num_blocks=5, anchor=12, passing=0),
+    "no anchor": ApbConfig(num_blocks=6, anchor=0, passing=7),
+    "short last block": ApbConfig(block=50, anchor=20, passing=9),
+    "more ranks than blocks": ApbConfig(num_blocks=2, anchor=20, passing=9),
+    "contiguous": ApbConfig(num_blocks=7, anchor=11, passing=4, balance="contiguous"),
+    "recomputed": ApbConfig(num_blocks=4, anchor=30, passing=6, anchor_mode="recomputed"),
+    "two passes": ApbConfig(num_blocks=4, anchor=30, passing=6, anchor_mode="recomputed", order="two_pass"),
+}
+
+
+def layout_of(config: ApbConfig, num_ranks: int = 1) -> Layout:
+    return plan(NUM_TOKENS, config, num_ranks=num_ranks, question_tokens=QUESTION)
+
+
+def random_sequence(layout: Layout, num_q_heads: int = 6, num_kv_heads: int = 2, seed: int = 0) -> oracle.Sequence:
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = oracle.num_copied(layout) + layout.num_tokens
+
+    def draw(num_heads: int) -> torch.Tensor:
+        return torch.randn(num_rows, num_heads, HEAD_DIM, generator=generator)
+
+    return oracle.Sequence(draw(num_q_heads), draw(num_kv_heads), draw(num_kv_heads))
+
+
+def asking_rows(layout: Layout, config: ApbConfig) -> slice:
+    """The rows, in the oracle's order, whose queries choose what to pass."""
+    if config.order == "two_pass":
+        head = min(16, layout.anchor)
+        return slice(head, head + QUESTION)
+    copied = oracle.num_copied(layout)
+    return slice(copied + layout.context_end, copied + layout.num_tokens)
+
+
+def expected(sequence: oracle.Sequence, layout: Layout, config: ApbConfig) -> torch.Tensor:
+    chosen = oracle.select(sequence, layout, asking_rows(layout, config))
+    return oracle.attend(sequence, oracle.mask(layout, chosen, sequence.k.shape[1]), SCALE)
+
+
+def local_rows(layout: Layout, rank: int) -> torch.Tensor:
+    """Numbers of a rank's rows in the oracle's order."""
+    copied = oracle.num_copied(layout)
+    rows = list(range(copied))
+    for span in layout.rows_of(rank).block_tokens.values():
+        rows += range(copied + span.start, copied + span.end)
+    return torch.tensor(rows + list(range(copied + layout.context_end, copied + layout.num_tokens)))
+
+
+def attend_on_rank(group: Any, sequence: oracle.Sequence, layout: Layout, config: ApbConfig) -> torch.Tensor:
+    ranks = RankGroup(group)
+    attention = SparseAttention(layout, ranks, SdpaEngine(), selection.create("query"))
+    index = local_rows(layout, ranks.rank)
+    q, k, v = sequence.q[index], sequence.k[index], sequence.v[index]
+    if config.order == "one_pass":
+        return attention.attend(LayerRows(q, k, v, SCALE))
+    end, context = attention.rows.context.end, attention.rows.context
+    first = attention.attend_context(LayerRows(q[:end], k[:end], v[:end], SCALE))
+    second = attention.attend_question(
+        LayerRows(q[end:], k[end:], v[end:], SCALE), k[context.start : end], v[context.start : end]
+    )
+    return torch.cat((first, second))
+
+
+def error_on_one_rank(config: ApbConfig, **heads: int) -> float:
+    layout = layout_of(config)
+    sequence = random_sequence(layout, **heads)
+    found = attend_on_rank(None, sequence, layout, config)
+    return float((found - expected(sequence, layout, config)).abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_rank_equals_the_oracle(name: str) -> None:
+    assert error_on_one_rank(CONFIGS[name]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(1, 1), (8, 8), (9, 3), (8, 1)])
+def test_any_grouping_of_heads_equals_the_oracle(num_q_heads: int, num_kv_heads: int) -> None:
+    config = CONFIGS["few blocks"]
+    assert error_on_one_rank(config, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads) < TOLERANCE
+
+
+def _check_all_configs(group: Any, num_ranks: int) -> dict[str, float]:
+    errors = {}
+    for name, config in CONFIGS.items():
+        layout = layout_of(config, num_ranks)
+        sequence = random_sequence(layout)
+        wanted = expected(sequence, layout, config)[local_rows(layout, RankGroup(group).rank)]
+        errors[name] = float((attend_on_rank(group, sequence, layout, config) - wanted).abs().max())
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_any_number_of_ranks_equals_the_oracle(num_ranks: int) -> None:
+    for rank, errors in enumerate(run_ranks(num_ranks, _check_all_configs, num_ranks)):
+        for name, error in errors.items():
+            assert error < TOLERANCE, f"rank {rank}, {name}"
+
+
+def _fail_on_rank_one(group: Any) -> None:
+    assert RankGroup(group).rank == 0, "deliberate"
+
+
+def test_a_failing_rank_fails_its_parent() -> None:
+    with pytest.raises(AssertionError, match="rank 1 failed:(.|\n)*deliberate"):
+        run_ranks(2, _fail_on_rank_one, timeout_s=60)
+
+
+def dense_causal(sequence: oracle.Sequence) -> torch.Tensor:
+    num_rows, num_kv_heads = sequence.k.shape[:2]
+    return oracle.attend(sequence, torch.ones(num_kv_heads, num_rows, num_rows, dtype=torch.bool).tril(), SCALE)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ApbConfig(passing="all", anchor=0),
+        ApbConfig(passing="all", anchor=30, num_blocks=5),
+        ApbConfig(passing="all", anchor=100, num_blocks=7),
+        ApbConfig(passing=45, anchor=45, block=45),
+        ApbConfig(num_blocks=1, anchor=13, passing=2),
+        ApbConfig(num_blocks=2, anchor=90, passing=0),
+    ],
+    ids=["all, no anchor", "all", "all, anchor over blocks", "p = block", "V = 1", "V = 2, a = block, p = 0"],
+)
+def test_limits_that_equal_exact_attention(config: ApbConfig) -> None:
+    layout = layout_of(config)
+    sequence = random_sequence(layout)
+    found = attend_on_rank(None, sequence, layout, config)
+    assert float((found - dense_causal(sequence)).abs().max()) < TOLERANCE
+
+
+def test_three_blocks_without_passing_are_star_attention() -> None:
+    """Star: every block sees the first block and itself (star_attention/model.py:180-235)."""
+    config = ApbConfig(num_blocks=3, anchor=60, passing=0)
+    layout = layout_of(config)
+    sequence = random_sequence(layout)
+    seen = torch.ones(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool).tril()
+    seen[120:180, 60:120] = False
+    wanted = oracle.attend(sequence, seen.expand(2, -1, -1), SCALE)
+    assert float((attend_on_rank(None, sequence, layout, config) - wanted).abs().max()) < TOLERANCE
+
+
+def test_every_question_row_sees_the_whole_context() -> None:
+    """The papers' code hides the tail of other ranks' blocks from all but the question's last row."""
+    config = ApbConfig(num_blocks=6, anchor=5, passing=0)
+    layout = layout_of(config)
+    sequence = random_sequence(layout)
+    found = attend_on_rank(None, sequence, layout, config)[-QUESTION:]
+    assert float((found - dense_causal(sequence)[-QUESTION:]).abs().max()) < TOLERANCE
+
+
+def test_order_of_passing_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["few blocks"]
+    layout = layout_of(config)
+    sequence = random_sequence(layout)
+    before = attend_on_rank(None, sequence, layout, config)
+    selector = type(selection.create("query"))
+    select = selector.select
+    monkeypatch.setattr(selector, "select", lambda *args: select(*args).flip(0))
+    assert torch.allclose(attend_on_rank(None, sequence, layout, config), before, atol=TOLERANCE)
+
+
+def test_a_partial_without_keys_changes_nothing() -> None:
+    q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
+    engine = SdpaEngine()
+    some, none = engine.attend([Segment(q, k, v), Segment(q, k[:0], v[:0])], 1.0)
+    assert torch.equal(merge([some, none]).out, some.out)
+    assert torch.equal(merge([none, some, none]).lse, some.lse)
+    empty = merge([none, none])
+    assert torch.all(empty.out == 0) and torch.all(empty.lse == -torch.inf)
+
+
+def test_merge_survives_scores_that_overflow_an_exponential() -> None:
+    big = Partial(torch.ones(1, 1, 4), torch.tensor([[500.0]]))
+    small = Partial(torch.zeros(1, 1, 4), torch.tensor([[-500.0]]))
+    assert torch.equal(merge([small, big]).out, big.out)
+
+
+def test_a_causal_segment_must_be_square() -> None:
+    q, k = torch.randn(5, 2, 8), torch.randn(7, 2, 8)
+    with pytest.raises(ValueError, match="as many queries as keys, not 5 and 7"):
+        Segment(q, k, k, causal=True)
+
+
+class TestGuards:
+    """Each test above would be worthless if it passed with the thing it guards broken: break it, and look."""
+
+    def test_a_dropped_passing_block_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        place = SparseAttention._place_passing
+
+        def drop(self: SparseAttention, by_rank: list[torch.Tensor], shared: torch.Tensor) -> None:
+            place(self, by_rank, shared)
+            start = self._num_anchor
+            shared[start : start + self._num_passing[0], 1] = 0
+
+        monkeypatch.setattr(SparseAttention, "_place_passing", drop)
+        assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE
+
+    def test_a_doubled_anchor_key_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Layout, "candidates", lambda self, block: self.blocks[block])
+        config = ApbConfig(passing="all", anchor=30, num_blocks=5)
+        layout = layout_of(config)
+        sequence = random_sequence(layout)
+        found = attend_on_rank(None, sequence, layout, config)
+        assert float((found - dense_causal(sequence)).abs().max()) > 100 * TOLERANCE
+
+    def test_bottom_right_causal_on_the_question_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What flash-attn does with causal=True and fewer queries than keys: rows lose the block's tail."""
+        start_question = SparseAttention._start_question
+
+        def hide_tail(self: SparseAttention, layer: LayerRows, over_context: Segment) -> Any:
+            num_rows = over_context.q.shape[0]
+            return start_question(
+                self, layer, replace(over_context, k=over_context.k[: 1 - num_rows], v=over_context.v[: 1 - num_rows])
+            )
+
+        monkeypatch.setattr(SparseAttention, "_start_question", hide_tail)
+        assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE

@@ -1,0 +1,389 @@
+"""Endpoints over real sockets: complete or not, right bytes in the right pages, hostile peers."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+import zmq
+from transfer_peers import (
+    AUX_LENS,
+    COMPAT,
+    ITEM_LENS,
+    Cluster,
+    asked,
+    cluster,
+    received,
+    rows,
+    send_owned,
+    wait_for,
+)
+
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.ownership import PageRange
+from sglang_apb.transfer.receiving import ReceiveState
+from sglang_apb.transfer.sending import SendState
+from sglang_apb.transfer.wire import Announce, Ask, Block, End, Kind, Stop
+
+ZIGZAG: dict[int, list[list[PageRange]]] = {
+    1: [[(0, 120)]],
+    2: [[(0, 30), (90, 120)], [(30, 90)]],
+    3: [[(0, 20), (100, 120)], [(20, 40), (80, 100)], [(40, 80)]],
+}
+
+
+@pytest.mark.parametrize("num_ranks", ZIGZAG)
+@pytest.mark.parametrize("chunk", [120, 7])
+def test_zigzag_ranks_fill_the_right_pages(num_ranks: int, chunk: int) -> None:
+    rng = np.random.default_rng(num_ranks)
+    with cluster(num_ranks) as peers:
+        target = rng.permutation(500)[:120].astype(np.int64)
+        sources = [rng.permutation(500)[:120].astype(np.int64) for _ in range(num_ranks)]
+        decode = peers.ask(11, target)
+        rooms = [sender.open(11) for sender in peers.senders]
+        for rank, (sender, room) in enumerate(zip(peers.senders, rooms, strict=True)):
+            assert asked(room)
+            aux_index = 5 if rank == 0 else None
+            send_owned(
+                sender, room, sources[rank], ZIGZAG[num_ranks][rank], aux_index, chunk, {"rank": rank}
+            )
+        assert received(decode), decode.reason
+        assert wait_for(lambda: all(room.state is SendState.DONE for room in rooms))
+        for rank, owned in enumerate(ZIGZAG[num_ranks]):
+            for start, end in owned:
+                assert rows(peers.pool, target[start:end]) == rows(peers.pools[rank], sources[rank][start:end])
+        untouched = np.setdiff1d(np.arange(500), target)
+        assert not any(rows(peers.pool, untouched))
+        assert rows(peers.aux, [3]) == rows(peers.auxes[0], [5])
+        assert not any(rows(peers.aux, [0, 1, 2, 4, 5, 6, 7]))
+        assert decode.assembly.num_bytes == sum(room.num_bytes for room in rooms) == 120 * sum(ITEM_LENS)
+        assert decode.assembly.info == {"rank": 0}
+
+
+def test_a_rank_without_pages_takes_part() -> None:
+    with cluster(3) as peers:
+        ids = np.arange(4)
+        decode = peers.ask(1, ids)
+        rooms = [sender.open(1) for sender in peers.senders]
+        assert all(asked(room) for room in rooms)
+        send_owned(peers.senders[0], rooms[0], ids, [(0, 4)], 0)
+        send_owned(peers.senders[1], rooms[1], ids, [], None)
+        time.sleep(0.05)
+        assert decode.state is ReceiveState.RECEIVING
+        send_owned(peers.senders[2], rooms[2], ids, [], None)
+        assert received(decode)
+
+
+def test_overlapping_ownership_fails_on_both_sides() -> None:
+    with cluster(2) as peers:
+        ids = np.arange(10)
+        decode = peers.ask(1, ids)
+        rooms = [sender.open(1) for sender in peers.senders]
+        assert all(asked(room) for room in rooms)
+        send_owned(peers.senders[0], rooms[0], ids, [(0, 6)], 0)
+        send_owned(peers.senders[1], rooms[1], ids, [(5, 10)], None)
+        assert not received(decode)
+        assert "both hold pages [5, 6)" in decode.reason
+        peers.receiver.close(decode, decode.reason)
+        assert wait_for(lambda: all(room.state is SendState.FAILED for room in rooms))
+        assert all("both hold pages [5, 6)" in room.reason for room in rooms)
+
+
+def test_ask_may_come_before_or_after_the_request() -> None:
+    with cluster() as peers:
+        for room_id, decode_first in ((1, True), (2, False)):
+            room = None if decode_first else peers.senders[0].open(room_id)
+            decode = peers.ask(room_id, np.arange(8))
+            time.sleep(0.05)
+            room = room or peers.senders[0].open(room_id)
+            assert asked(room)
+            send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 0)
+            assert received(decode)
+
+
+def test_many_requests_at_once() -> None:
+    rng = np.random.default_rng(3)
+    with cluster() as peers:
+        slots = rng.permutation(500).astype(np.int64).reshape(20, 25)
+        decodes = [peers.ask(room, slots[room], room % 8) for room in range(20)]
+        rooms = [peers.senders[0].open(room) for room in range(20)]
+        assert all(asked(room) for room in rooms)
+        for index in rng.permutation(20):
+            send_owned(peers.senders[0], rooms[index], slots[19 - index], [(0, 25)], 1, chunk=4)
+        assert all(received(decode) for decode in decodes)
+        for index in range(20):
+            assert rows(peers.pool, slots[index]) == rows(peers.pools[0], slots[19 - index])
+
+
+def test_a_block_larger_than_one_message() -> None:
+    from transfer_peers import make_pages
+
+    from sglang_apb.transfer.receiving import ReceivingEndpoint
+    from sglang_apb.transfer.sending import SendingEndpoint
+
+    item_lens = (4096, 2048)
+    source, target = make_pages(1, item_lens, 2000), make_pages(None, item_lens, 2000)
+    aux = make_pages(2, AUX_LENS, 8)
+    sender, receiver = SendingEndpoint("127.0.0.1"), ReceivingEndpoint(target, aux, COMPAT)
+    sender.start_sending(source, aux, COMPAT)
+    receiver.start()
+    try:
+        decode = receiver.open(1, [("127.0.0.1", sender.port)], np.arange(2000), 0)
+        room = sender.open(1)
+        assert asked(room)
+        send_owned(sender, room, np.arange(2000)[::-1].copy(), [(0, 2000)], 0)
+        assert received(decode, 10)
+        assert rows(target, np.arange(2000)) == rows(source, np.arange(2000)[::-1])
+    finally:
+        sender.stop()
+        receiver.stop()
+
+
+def test_different_settings_are_refused_on_both_sides() -> None:
+    import msgspec
+
+    with cluster(2, msgspec.structs.replace(COMPAT, page_size=16)) as peers:
+        early = peers.senders[0].open(1)
+        decode = peers.ask(1, np.arange(8))
+        assert not received(decode)
+        assert "page size 1, the decode server 16" in decode.reason
+        late = peers.senders[1].open(1)
+        for room in (early, late):
+            assert wait_for(lambda room=room: room.state is SendState.FAILED)
+            assert room.reason == decode.reason
+
+
+def test_closing_on_decode_stops_the_prefill_rank_and_late_frames() -> None:
+    with cluster() as peers:
+        decode = peers.ask(1, np.arange(8))
+        room = peers.senders[0].open(1)
+        assert asked(room)
+        peers.receiver.close(decode, "Aborted by the client.")
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 0)
+        assert wait_for(lambda: room.state is SendState.FAILED)
+        assert room.reason == "Aborted by the client."
+        time.sleep(0.05)
+        assert not any(rows(peers.pool, np.arange(500)))
+        assert not peers.receiver._rooms
+
+
+def test_closing_on_prefill_stops_the_decode_server() -> None:
+    with cluster() as peers:
+        decode = peers.ask(1, np.arange(8))
+        room = peers.senders[0].open(1)
+        assert asked(room)
+        peers.senders[0].close(room, "Aborted on prefill.")
+        assert not received(decode) and decode.reason == "Aborted on prefill."
+        assert not peers.senders[0]._rooms
+
+
+def test_a_request_given_up_before_it_was_asked_for() -> None:
+    with cluster() as peers:
+        peers.senders[0].close(peers.senders[0].open(1), "Too long for this server.")
+        time.sleep(0.05)
+        decode = peers.ask(1, np.arange(8))
+        assert not received(decode) and decode.reason == "Too long for this server."
+
+
+def test_a_room_can_be_used_again() -> None:
+    """Retraction on the decode server asks again for the same room; frames of the first time are ignored."""
+    with cluster() as peers:
+        for attempt in range(3):
+            decode = peers.ask(9, np.arange(8) + 8 * attempt)
+            room = peers.senders[0].open(9)
+            assert asked(room)
+            send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 0)
+            assert received(decode) and wait_for(lambda room=room: room.state is SendState.DONE)
+            peers.receiver.close(decode)
+            peers.senders[0].close(room)
+        assert rows(peers.pool, np.arange(24)) == b"".join(
+            peers.pools[0].gather(b, 1, np.tile(np.arange(8), 3)).tobytes() for b in range(len(ITEM_LENS))
+        )
+
+
+def test_a_room_in_use_is_refused() -> None:
+    with cluster() as peers:
+        peers.ask(1, np.arange(8))
+        peers.senders[0].open(1)
+        with pytest.raises(ValueError, match="room 1 is in use"):
+            peers.ask(1, np.arange(8))
+        with pytest.raises(ValueError, match="room 1 is in use"):
+            peers.senders[0].open(1)
+        with pytest.raises(ValueError, match=r"leave \[0, 500\)"):
+            peers.ask(2, np.array([3, 500]))
+
+
+def test_a_dead_prefill_rank_fails_its_requests_only() -> None:
+    with cluster(2) as peers:
+        lost = peers.ask(1, np.arange(8))
+        kept = peers.receiver.open(2, peers.addresses[1:], np.arange(8) + 8, 0)
+        room = peers.senders[1].open(2)
+        assert asked(room)
+        peers.senders[0].call(lambda: peers.senders[0].forget(peers.senders[0]._socket))
+        assert not received(lost) and "Lost the connection to prefill rank" in lost.reason and lost.lost_rank
+        send_owned(peers.senders[1], room, np.arange(8), [(0, 8)], 0)
+        assert received(kept)
+
+
+def test_a_dead_decode_server_fails_its_requests_only() -> None:
+    with cluster() as peers, _Peer(peers) as stranger:
+        lost, kept = peers.senders[0].open(1), peers.senders[0].open(2)
+        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
+        decode = peers.ask(2, np.arange(8))
+        assert asked(lost) and asked(kept)
+        stranger.socket.close(linger=0)
+        time.sleep(0.1)
+        for room in (lost, kept):
+            send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 0)
+        assert wait_for(lambda: lost.state is SendState.FAILED)
+        assert "Lost the connection to the decode server" in lost.reason
+        assert received(decode)
+
+
+class _Peer:
+    """A decode server that sends what it likes."""
+
+    def __init__(self, peers: Cluster):
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.DEALER)
+        self.socket.connect(f"tcp://127.0.0.1:{peers.senders[0].port}")
+
+    def __enter__(self) -> _Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def send(self, parts: list[wire.Buffer]) -> None:
+        self.socket.send_multipart(parts or [b""])
+
+
+class _FakePrefill:
+    """A prefill rank that sends what it likes: one ROUTER that knows the decode server that asked."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.address = ("127.0.0.1", self.socket.bind_to_random_port("tcp://127.0.0.1"))
+
+    def __enter__(self) -> _FakePrefill:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(linger=0)
+
+    def wait_for_ask(self) -> tuple[int, int]:
+        assert self.socket.poll(5000)
+        self.identity, *parts = self.socket.recv_multipart()
+        frame = wire.parse(parts)
+        assert frame.kind is Kind.ASK
+        return frame.room, frame.attempt
+
+    def send(self, parts: list[wire.Buffer]) -> None:
+        self.socket.send_multipart([self.identity, *(parts or [b""])])
+
+
+def _honest_frames(room: int, attempt: int, pool_seed: int = 1) -> list[list[wire.Buffer]]:
+    """Eight pages, one frame a buffer."""
+    data = random.Random(pool_seed)
+    blocks = [Block(buffer, 1, 0, 8) for buffer in range(len(ITEM_LENS))]
+    return [
+        wire.pack_message(Announce([(0, 8)]), room, attempt),
+        *(
+            wire.pack(Kind.DATA, room, attempt, block.pack(), data.randbytes(wire.block_bytes(block, ITEM_LENS)))
+            for block in blocks
+        ),
+        wire.pack(Kind.AUX, room, attempt, b"", data.randbytes(sum(AUX_LENS))),
+        wire.pack_message(End(8 * sum(ITEM_LENS), {}), room, attempt),
+    ]
+
+
+@pytest.mark.parametrize("dropped", range(9))
+def test_a_dropped_frame_is_never_complete(dropped: int) -> None:
+    with cluster() as peers, _FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        frames = _honest_frames(room, attempt)
+        for index, frame in enumerate(frames):
+            if index != dropped:
+                prefill.send(frame)
+        assert not received(decode, 0.3)
+        last = len(frames) - 1
+        expected = ReceiveState.RECEIVING if dropped in (0, last) else ReceiveState.FAILED
+        assert decode.state is expected
+        assert not any(rows(peers.aux, range(8)))
+
+
+@pytest.mark.parametrize("damaged", range(9))
+def test_a_damaged_frame_is_never_complete(damaged: int) -> None:
+    with cluster() as peers, _FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        for index, frame in enumerate(_honest_frames(room, attempt)):
+            if index == damaged:
+                frame[-1] = bytes(frame[-1][:-1]) + bytes([frame[-1][-1] ^ 1])
+            prefill.send(frame)
+        assert not received(decode, 0.3)
+        assert not any(rows(peers.aux, range(8)))
+
+
+def test_frames_of_another_attempt_or_room_are_ignored() -> None:
+    with cluster() as peers, _FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        for frame in (*_honest_frames(room, attempt + 1, 2), *_honest_frames(room + 1, attempt, 3)):
+            prefill.send(frame)
+        time.sleep(0.1)
+        assert decode.state is ReceiveState.RECEIVING and not any(rows(peers.pool, range(500)))
+        for frame in _honest_frames(room, attempt):
+            prefill.send(frame)
+        assert received(decode)
+
+
+def test_hostile_frames_do_not_stop_the_decode_thread() -> None:
+    rng = random.Random(5)
+    with cluster() as peers, _FakePrefill() as prefill:
+        hostile = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        honest = peers.receiver.open(2, peers.addresses, np.arange(8) + 8, 1)
+        sending = peers.senders[0].open(2)
+        room, attempt = prefill.wait_for_ask()
+        for _ in range(4000):
+            prefill.send(_hostile_frame(rng, room, attempt))
+        assert asked(sending)
+        send_owned(peers.senders[0], sending, np.arange(8), [(0, 8)], 0)
+        assert received(honest)
+        assert hostile.state is not ReceiveState.COMPLETE
+        assert rows(peers.pool, np.arange(8) + 8) == rows(peers.pools[0], np.arange(8))
+        assert not any(rows(peers.pool, np.arange(16, 500)))
+
+
+def test_hostile_frames_do_not_stop_the_prefill_thread() -> None:
+    rng = random.Random(6)
+    with cluster() as peers, _Peer(peers) as stranger:
+        for _ in range(4000):
+            stranger.send(_hostile_frame(rng, rng.randrange(100, 200), rng.randrange(1 << 40)))
+        decode = peers.ask(2, np.arange(8))
+        sending = peers.senders[0].open(2)
+        assert asked(sending)
+        send_owned(peers.senders[0], sending, np.arange(8), [(0, 8)], 0)
+        assert received(decode)
+
+
+def _hostile_frame(rng: random.Random, room: int, attempt: int) -> list[wire.Buffer]:
+    """Garbage, damaged frames, and frames that are well formed but say what is not so."""
+    choice = rng.randrange(5)
+    if choice == 0:
+        return [rng.randbytes(rng.randrange(100)) for _ in range(rng.randrange(8))]
+    if choice == 1:
+        frame = rng.choice(_honest_frames(room, attempt))
+        part = rng.randrange(len(frame))
+        frame[part] = bytes(frame[part])[: rng.randrange(len(frame[part]) + 1)] + rng.randbytes(2)
+        return frame
+    if choice == 2:
+        block = Block(*(rng.choice((0, 1, 7, 8, 2**31, 2**32 - 1)) for _ in range(4)))
+        return wire.pack(Kind.DATA, room, attempt, block.pack(), rng.randbytes(rng.randrange(2000)))
+    if choice == 3:
+        return wire.pack(rng.choice(list(Kind)[:6]), room, attempt, rng.randbytes(rng.randrange(30)))
+    return wire.pack_message(rng.choice((Ask(COMPAT, 2**26, 0), End(0, {}), Stop("x"))), room, attempt + 1)

@@ -1,0 +1,113 @@
+"""Two in-process endpoints over loopback, as the tests of `sglang_apb.transfer` need them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sglang_apb.transfer import ownership
+from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.ownership import PageRange
+from sglang_apb.transfer.pages import HostPages
+from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint, SendRoom, SendState
+
+ITEM_LENS = (96, 96, 96, 160, 160, 160)  # three layers of keys, three of values
+AUX_LENS = (64, 128, 64)
+NUM_POOL_PAGES = 500
+COMPAT = Compat(
+    model="Toy",
+    model_hash="toy",
+    kv_dtype="float32",
+    page_size=1,
+    attn_tp_size=1,
+    kv_item_lens=list(ITEM_LENS),
+    aux_item_lens=list(AUX_LENS),
+)
+
+
+def make_pages(seed: int | None, item_lens: Sequence[int] = ITEM_LENS, num: int = NUM_POOL_PAGES) -> HostPages:
+    """A pool of random bytes, or of zeros when `seed` is None."""
+    generator = np.random.default_rng(seed)
+    make = (lambda size: np.zeros(size, np.uint8)) if seed is None else generator.bytes
+    return HostPages([np.frombuffer(bytearray(make(size * num)), np.uint8) for size in item_lens], item_lens)
+
+
+def rows(pages: HostPages, ids: Sequence[int] | np.ndarray) -> bytes:
+    return pages.gather(0, len(pages.item_lens), np.asarray(ids, np.int64)).tobytes()
+
+
+@dataclass
+class Cluster:
+    """`senders[r]` is prefill rank r with pool `pools[r]` and aux rows `auxes[r]`; one decode endpoint."""
+
+    senders: list[SendingEndpoint]
+    pools: list[HostPages]
+    auxes: list[HostPages]
+    receiver: ReceivingEndpoint
+    pool: HostPages
+    aux: HostPages
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        return [("127.0.0.1", sender.port) for sender in self.senders]
+
+    def ask(self, room: int, ids: Sequence[int] | np.ndarray, aux_index: int = 3) -> ReceiveRoom:
+        return self.receiver.open(room, self.addresses, np.asarray(ids, np.int64), aux_index)
+
+
+@contextlib.contextmanager
+def cluster(num_ranks: int = 1, compat: Compat = COMPAT) -> Iterator[Cluster]:
+    pools = [make_pages(100 + rank) for rank in range(num_ranks)]
+    auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
+    senders = [SendingEndpoint("127.0.0.1") for _ in range(num_ranks)]
+    pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
+    receiver = ReceivingEndpoint(pool, aux, compat)
+    receiver.start()
+    for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
+        sender.start_sending(rank_pool, rank_aux, COMPAT)
+    try:
+        yield Cluster(senders, pools, auxes, receiver, pool, aux)
+    finally:
+        for endpoint in (*senders, receiver):
+            endpoint.stop()
+
+
+def send_owned(
+    sender: SendingEndpoint,
+    room: SendRoom,
+    ids: np.ndarray,
+    owned: Sequence[PageRange],
+    aux_index: int | None,
+    chunk: int = 10_000,
+    info: dict[str, int | str] | None = None,
+) -> None:
+    """What the sender of SGLang's request does, in chunks of `chunk` pages."""
+    sender.announce(room, owned)
+    for first in range(0, len(ids), chunk):
+        for start, end in ownership.clip(owned, (first, first + chunk)):
+            sender.send_pages(room, start, ids[start:end])
+    sender.finish(room, aux_index, info or {})
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.002)
+    return condition()
+
+
+def received(room: ReceiveRoom, seconds: float = 5.0) -> bool:
+    return wait_for(lambda: room.state is not ReceiveState.RECEIVING, seconds) and (
+        room.state is ReceiveState.COMPLETE
+    )
+
+
+def asked(room: SendRoom) -> bool:
+    return wait_for(lambda: room.state is not SendState.UNASKED) and room.state is SendState.ASKED
