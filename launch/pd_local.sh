@@ -4,8 +4,10 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+check='import importlib.util, sys, sglang_apb.commands.launch; sys.exit(not importlib.util.find_spec("sglang"))'
 for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
-  if [ -n "$python" ] && "$python" -c 'import sglang_apb.commands' 2>/dev/null; then
+  # A Python started in this folder finds sglang_apb without having what it needs.
+  if [ -n "$python" ] && "$python" -c "$check" 2>/dev/null; then
     exec "$python" -m sglang_apb.commands.launch "$@"
   fi
 done

@@ -32,9 +32,7 @@ def _keep_heads(original: Any, model_config: Any, load_config: Any, tp_size: int
 
 
 PATCHES = (
-    Patch(
-        "sglang.srt.model_executor.model_runner.ModelRunner.load_model", "around", ("self",), _load_whole_model
-    ),
+    Patch("sglang.srt.model_executor.model_runner.ModelRunner.load_model", "around", ("self",), _load_whole_model),
     Patch(
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
         "around",

@@ -7,8 +7,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang_apb import config, requests
 from sglang_apb.patches._patch import Patch
+
+from sglang_apb import config, metrics, requests
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +40,42 @@ def _create(model_runner: Any) -> Any:
 
 
 def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
-    """Attaches the split of a sparse prompt to its batch, where the request is still at hand."""
+    """Attaches the split of a sparse prompt to its batch, where the requests are still at hand."""
     result.sparse_plan = None
-    if not batch.forward_mode.is_extend() or len(batch.reqs) == 0:
+    if not batch.forward_mode.is_extend() or model_runner.is_draft_worker:
         return
-    req = batch.reqs[0]
+    result.sparse_plan = _plan(batch, model_runner)
+    result.prefill_report = (
+        {"method": "exact"} if result.sparse_plan is None else backend_of(model_runner).report(result.sparse_plan)
+    )
+    result.num_prefills_ended = sum(map(_ends_prefill, batch.reqs, batch.prefix_lens, batch.extend_lens))
+    for req in batch.reqs:
+        req.prefill_report = result.prefill_report
+        req.sparse_pages = (
+            None if result.sparse_plan is None else backend_of(model_runner).owned_pages(result.sparse_plan)
+        )
+
+
+def _num_tokens(req: Any) -> int:
+    """A retracted request prefills what it had generated, too."""
+    return len(req.origin_input_ids) + len(req.output_ids)
+
+
+def _ends_prefill(req: Any, num_cached_tokens: int, num_new_tokens: int) -> bool:
+    return num_cached_tokens + num_new_tokens == _num_tokens(req)
+
+
+def _plan(batch: Any, model_runner: Any) -> Any:
+    """The split, or None when the batch runs exact."""
+    req = batch.reqs[0] if batch.reqs else None
     wish = getattr(req, "sparse_wish", None)
-    if wish is None:
-        return
-    num_tokens = len(req.origin_input_ids) + len(req.output_ids)
-    if len(batch.reqs) > 1 or batch.extend_lens[0] != num_tokens:
+    if req is None or wish is None:
+        return None
+    if len(batch.reqs) > 1 or batch.extend_lens[0] != _num_tokens(req):
         logger.error("request %s should run sparse but was batched or cut by SGLang: it runs exact", req.rid)
-        return
-    backend = backend_of(model_runner)
-    asked = requests.question_tokens(req, wish, config.parse(model_runner.server_args.prefill_options.config_text))
-    result.sparse_plan = backend.plan(num_tokens, requests.Wish(asked))
-    req.sparse_pages = backend.owned_pages(result.sparse_plan)
+        return None
+    options = config.parse(model_runner.server_args.prefill_options.config_text)
+    return backend_of(model_runner).plan(_num_tokens(req), requests.Wish(requests.question_tokens(req, wish, options)))
 
 
 def _forward(
@@ -66,14 +87,15 @@ def _forward(
     split_forward_count: int = 1,
 ) -> Any:
     plan = getattr(forward_batch, "sparse_plan", None)
-    if plan is None:
-        output = original(self, forward_batch, pp_proxy_tensors, reinit_attn_backend, split_forward_count)
-        report = {"method": "exact"}
-    else:
+    if plan is not None:
         output = _forward_sparse(self, forward_batch, plan)
-        report = backend_of(self).report(plan)
-    if forward_batch.forward_mode.is_extend() and not self.is_draft_worker:
+    else:
+        output = original(self, forward_batch, pp_proxy_tensors, reinit_attn_backend, split_forward_count)
+    report = getattr(forward_batch, "prefill_report", None)
+    if report is not None:
         output.logits_output.customized_info = {requests.PARAMETER: [report] * forward_batch.batch_size}
+        if self.server_args.enable_metrics and self.ps.tp_rank == 0:
+            metrics.count_prefills(report["method"], forward_batch.num_prefills_ended)
     return output
 
 

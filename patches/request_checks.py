@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_apb import config, requests
 from sglang_apb.patches._patch import Patch
+
+from sglang_apb import requests
 
 
 def _check(result: None, self: Any, obj: Any, input_ids: list[int]) -> None:
-    options = config.parse(self.server_args.prefill_options.config_text)
     custom_params = obj.sampling_params.get("custom_params") if obj.sampling_params else None
-    requests.check(len(input_ids or ()), custom_params, options, self.server_args.page_size)
+    requests.check(len(input_ids or ()), custom_params, self.server_args.page_size)
 
 
 PATCHES = (

@@ -15,6 +15,4 @@ def _install(server_args: Any, *_: Any, **__: Any) -> None:
     plugin.install(server_args)
 
 
-PATCHES = (
-    Patch("sglang.srt.managers.scheduler.configure_scheduler_process", "before", None, _install),
-)
+PATCHES = (Patch("sglang.srt.managers.scheduler.configure_scheduler_process", "before", None, _install),)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_apb import config, requests
 from sglang_apb.patches._patch import Patch
+
+from sglang_apb import config, requests
 
 
 def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:

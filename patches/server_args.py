@@ -12,9 +12,10 @@ import sys
 from contextvars import ContextVar
 from typing import Any
 
+from sglang_apb.patches._patch import Patch, PatchError
+
 from sglang_apb import options as options_module
 from sglang_apb.options import PrefillOptions
-from sglang_apb.patches._patch import Patch, PatchError
 
 _NAMES = {"prefill_backend": "backend", "sp_size": "sp_size", "prefill_backend_config": "config_text"}
 _from_command_line: ContextVar[dict[str, Any] | None] = ContextVar("_from_command_line", default=None)

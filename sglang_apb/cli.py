@@ -21,7 +21,7 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; `args.run` is the chosen command's function."""
-    parser = argparse.ArgumentParser(prog="sglang-apb", description="APB prefill for SGLang: tools around it.")
+    parser = argparse.ArgumentParser(prog="sglang-apb", description="Tools around APB prefill for SGLang.")
     parser.add_argument("--version", action="version", version=f"sglang-apb {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module_name in COMMANDS.items():

@@ -35,9 +35,7 @@ class ApbConfig:
     """Lengths in tokens. None follows the prompt's length n."""
 
     anchor: int | None = option(None, "tokens at the prompt's start that every block sees; n/64 if left out")
-    passing: int | str | None = option(
-        None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out'
-    )
+    passing: int | str | None = option(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
     block: int | None = option(None, "tokens of one block, instead of num_blocks")
     num_blocks: int | None = option(None, "number of blocks, whatever the number of ranks; 16 if left out")
     question_tokens: int | None = option(
@@ -49,9 +47,7 @@ class ApbConfig:
         "shared", "shared: send the anchor's KV; recomputed: the paper's anchor, with the question inserted"
     )
     balance: str = option("zigzag", "which rank owns which block: zigzag evens out the work, or contiguous")
-    order: str = option(
-        "one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first"
-    )
+    order: str = option("one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first")
 
     def __post_init__(self) -> None:
         for name in ("anchor", "question_tokens", "min_tokens"):

@@ -11,6 +11,7 @@ block causally. The question attends to the whole context and, causally, to itse
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,8 +224,13 @@ def plan(
 
 
 def num_question_tokens(num_tokens: int, config: ApbConfig) -> int:
-    """How many trailing tokens of a prompt ask, where the request does not say."""
-    return config.question_tokens or max(min(DEFAULT_QUESTION_TOKENS, num_tokens // 4), 1)
+    """How many trailing tokens of a prompt ask, where the request does not say.
+
+    The server's own setting takes at most half of a prompt, so that every prompt can be laid out.
+    """
+    if config.question_tokens is not None:
+        return max(min(config.question_tokens, num_tokens // 2), 1)
+    return max(min(DEFAULT_QUESTION_TOKENS, num_tokens // 4), 1)
 
 
 def _follow(given: int | str | None, num_tokens: int, divisor: int) -> int:
@@ -242,7 +248,7 @@ def _split(context_end: int, config: ApbConfig, page_size: int) -> tuple[Span, .
     else:
         num_blocks = min(config.num_blocks or DEFAULT_NUM_BLOCKS, num_pages)
         borders = [i * num_pages // num_blocks for i in range(num_blocks + 1)]
-    return tuple(Span(a * page_size, b * page_size) for a, b in zip(borders, borders[1:], strict=False))
+    return tuple(Span(a * page_size, b * page_size) for a, b in itertools.pairwise(borders))
 
 
 def _owner(block: int, num_blocks: int, num_ranks: int, balance: str) -> int:

@@ -13,8 +13,9 @@ from typing import Any
 
 def register() -> None:
     """Entry point of group `sglang.srt.plugins`."""
-    from sglang_apb.patches import _patch, scheduler_process, server_args
+    from sglang_apb.patches import _patch, scheduler_process, server_args, transfer_backend
 
+    transfer_backend.register_choice()
     _patch.apply((*server_args.PATCHES, *scheduler_process.PATCHES))
 
 
@@ -27,21 +28,34 @@ def install(server_args: Any) -> None:
 
 def _wanted_patches(server_args: Any) -> list[Any]:
     from sglang_apb.patches import (
+        answer_metadata,
         model_parallel,
+        pd_decode,
+        pd_prefill,
         portable_cpu,
         prefill_forward,
         request_checks,
         scheduling,
-        server_args as server_args_patch,
+        transfer_backend,
     )
+    from sglang_apb.patches.server_args import options_of
     from sglang_apb.platform import is_portable_cpu
 
-    options = server_args_patch.options_of(server_args)
+    options = options_of(server_args)
+    our_transfer = server_args.disaggregation_transfer_backend == transfer_backend.BACKEND
     wanted: list[Any] = []
     if is_portable_cpu():
         wanted += portable_cpu.PATCHES
     if options.is_set:
-        wanted += (*request_checks.PATCHES, *scheduling.PATCHES, *prefill_forward.PATCHES)
+        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
+    if our_transfer:
+        wanted += transfer_backend.PATCHES
+    if options.is_set and server_args.disaggregation_mode == "prefill":
+        wanted += pd_prefill.PATCHES
+    if our_transfer and server_args.disaggregation_mode == "decode":
+        wanted += pd_decode.PATCHES
+    if options.is_set or our_transfer:
+        wanted += (*request_checks.PATCHES, *answer_metadata.PATCHES)
     return wanted

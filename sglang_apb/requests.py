@@ -35,16 +35,17 @@ def parameters_of(custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(given)
 
 
-def check(num_tokens: int, custom_params: Mapping[str, Any] | None, config: ApbConfig, page_size: int) -> None:
-    """Raises RequestError or layout.LayoutError for a prompt that could not run as asked."""
-    given = parameters_of(custom_params)
-    asked = given.get("question_tokens")
-    if asked is not None and asked >= num_tokens:
+def check(num_tokens: int, custom_params: Mapping[str, Any] | None, page_size: int) -> None:
+    """Raises RequestError for wishes that a prompt of `num_tokens` cannot meet, whatever the server's settings.
+
+    Prefill and decode servers must agree: a request that only one of them refuses leaves the other waiting.
+    """
+    asked = parameters_of(custom_params).get("question_tokens")
+    if asked is not None and asked > num_tokens - page_size:
         raise RequestError(
-            f"question_tokens={asked} is not shorter than the prompt of {num_tokens} tokens: give less, or leave it out"
+            f"question_tokens={asked} leaves no context in a prompt of {num_tokens} tokens: "
+            f"give at most {max(num_tokens - page_size, 1)}, or leave it out"
         )
-    if num_tokens >= config.min_tokens and not given.get("exact"):
-        layout.plan(num_tokens, config, page_size=page_size, question_tokens=asked)
 
 
 def wish_of(req: Any, config: ApbConfig) -> Wish | None:

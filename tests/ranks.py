@@ -33,12 +33,11 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
         for process in processes:
             process.join(timeout=10)
             process.kill()
+    errors = [f"rank {rank} failed:\n{error}" for rank, (error, _) in sorted(outcomes.items()) if error]
+    assert not errors, "\n".join(errors)
     for rank, process in enumerate(processes):
-        error, value = outcomes[rank]
-        assert error is None, f"rank {rank} failed:\n{error}"
         assert process.exitcode == 0, f"rank {rank} exited with {process.exitcode}"
-        outcomes[rank] = value
-    return [outcomes[rank] for rank in range(num_ranks)]
+    return [outcomes[rank][1] for rank in range(num_ranks)]
 
 
 def _take(results: Any, processes: list[Any], timeout_s: float) -> tuple[int, tuple[str | None, Any]]:

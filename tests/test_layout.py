@@ -24,9 +24,7 @@ CONFIGS = [
 @pytest.mark.parametrize("num_tokens", [7, 300, 1025, 4096])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_every_token_and_page_has_one_owner(
-    config: ApbConfig, num_tokens: int, num_ranks: int, page_size: int
-) -> None:
+def test_every_token_and_page_has_one_owner(config: ApbConfig, num_tokens: int, num_ranks: int, page_size: int) -> None:
     layout = plan(num_tokens, config, num_ranks=num_ranks, page_size=page_size)
     tokens = list(range(layout.context_end, num_tokens))
     for rank in range(num_ranks):

@@ -128,7 +128,7 @@ def _fail_on_rank_one(group: Any) -> None:
 
 
 def test_a_failing_rank_fails_its_parent() -> None:
-    with pytest.raises(AssertionError, match="rank 1 failed:(.|\n)*deliberate"):
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*deliberate"):
         run_ranks(2, _fail_on_rank_one, timeout_s=60)
 
 

@@ -4,13 +4,13 @@ import re
 
 import numpy as np
 import pytest
+from transfer_peers import COMPAT, ITEM_LENS
 
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat, describe_model, find_difference
 from sglang_apb.transfer.pages import BLOCK_BYTES, plan_blocks
 from sglang_apb.transfer.wire import Announce, Block, End, WireError, block_bytes
-from transfer_peers import COMPAT, ITEM_LENS
 
 PAGE = sum(ITEM_LENS)
 

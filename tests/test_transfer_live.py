@@ -46,9 +46,7 @@ def test_zigzag_ranks_fill_the_right_pages(num_ranks: int, chunk: int) -> None:
         for rank, (sender, room) in enumerate(zip(peers.senders, rooms, strict=True)):
             assert asked(room)
             aux_index = 5 if rank == 0 else None
-            send_owned(
-                sender, room, sources[rank], ZIGZAG[num_ranks][rank], aux_index, chunk, {"rank": rank}
-            )
+            send_owned(sender, room, sources[rank], ZIGZAG[num_ranks][rank], aux_index, chunk, {"rank": rank})
         assert received(decode), decode.reason
         assert wait_for(lambda: all(room.state is SendState.DONE for room in rooms))
         for rank, owned in enumerate(ZIGZAG[num_ranks]):
@@ -167,6 +165,43 @@ def test_closing_on_decode_stops_the_prefill_rank_and_late_frames() -> None:
         time.sleep(0.05)
         assert not any(rows(peers.pool, np.arange(500)))
         assert not peers.receiver._rooms
+
+
+def test_a_frame_that_was_looked_up_before_the_room_closed_is_not_written() -> None:
+    """The pages may belong to another request by then."""
+    with cluster() as peers, _FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        peers.receiver.close(decode)
+        peers.receiver._rooms[1] = decode
+        for frame in _honest_frames(room, attempt):
+            prefill.send(frame)
+        assert not received(decode, 0.2)
+        assert not any(rows(peers.pool, range(500)))
+
+
+def test_a_failing_command_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:
+    with cluster() as peers:
+        for endpoint in (peers.receiver, peers.senders[0]):
+            endpoint.call(lambda: [][0])
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 0)
+        assert received(decode)
+    assert sum("the transfer thread goes on" in record.message for record in caplog.records) == 2
+
+
+def test_pages_that_cannot_be_read_fail_the_request_only() -> None:
+    with cluster() as peers:
+        for room_id, wait in ((1, lambda: [][0]), (2, None)):
+            decode, room = peers.ask(room_id, np.arange(8)), peers.senders[0].open(room_id)
+            assert asked(room)
+            peers.senders[0].announce(room, [(0, 8)])
+            peers.senders[0].send_pages(room, 0, np.arange(8), wait)
+            peers.senders[0].finish(room, 0, {})
+            assert received(decode) is (wait is None)
+            if wait is not None:
+                assert "could not read the request's pages" in decode.reason == room.reason
 
 
 def test_closing_on_prefill_stops_the_decode_server() -> None:
@@ -342,7 +377,7 @@ def test_frames_of_another_attempt_or_room_are_ignored() -> None:
         assert received(decode)
 
 
-def test_hostile_frames_do_not_stop_the_decode_thread() -> None:
+def test_hostile_frames_do_not_stop_the_decode_thread(caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(5)
     with cluster() as peers, _FakePrefill() as prefill:
         hostile = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
@@ -357,9 +392,10 @@ def test_hostile_frames_do_not_stop_the_decode_thread() -> None:
         assert hostile.state is not ReceiveState.COMPLETE
         assert rows(peers.pool, np.arange(8) + 8) == rows(peers.pools[0], np.arange(8))
         assert not any(rows(peers.pool, np.arange(16, 500)))
+    assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_hostile_frames_do_not_stop_the_prefill_thread() -> None:
+def test_hostile_frames_do_not_stop_the_prefill_thread(caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(6)
     with cluster() as peers, _Peer(peers) as stranger:
         for _ in range(4000):
@@ -369,6 +405,7 @@ def test_hostile_frames_do_not_stop_the_prefill_thread() -> None:
         assert asked(sending)
         send_owned(peers.senders[0], sending, np.arange(8), [(0, 8)], 0)
         assert received(decode)
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def _hostile_frame(rng: random.Random, room: int, attempt: int) -> list[wire.Buffer]:

@@ -104,9 +104,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
 
 
 def received(room: ReceiveRoom, seconds: float = 5.0) -> bool:
-    return wait_for(lambda: room.state is not ReceiveState.RECEIVING, seconds) and (
-        room.state is ReceiveState.COMPLETE
-    )
+    return wait_for(lambda: room.state is not ReceiveState.RECEIVING, seconds) and (room.state is ReceiveState.COMPLETE)
 
 
 def asked(room: SendRoom) -> bool:

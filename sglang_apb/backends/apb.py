@@ -128,9 +128,7 @@ class _KvCache:
         rows = torch.stack((k[-num_rows:], v[-num_rows:]), dim=1)
         return self._finish_with(layer, self._group.broadcast(rows, 0), [self._question_slots])
 
-    def _start(
-        self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: list[torch.Tensor]
-    ) -> Callable[[], None]:
+    def _start(self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: list[torch.Tensor]) -> Callable[[], None]:
         if not self._replicate:
             self.pool.set_kv_buffer(layer, slots[self._group.rank], k, v)
             return _nothing

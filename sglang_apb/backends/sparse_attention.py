@@ -29,7 +29,7 @@ class LayerRows:
     scale: float
 
     def segment(self, rows: Span, *, causal: bool = False, keys: Span | None = None) -> Segment:
-        keys = keys or rows
+        keys = rows if keys is None else keys
         return Segment(
             self.q[rows.start : rows.end], self.k[keys.start : keys.end], self.v[keys.start : keys.end], causal
         )

@@ -1,4 +1,4 @@
-"""The commands of `sglang-apb`, one module each, with `add_arguments(parser)` and `run(args) -> exit status`."""
+"""The commands of `sglang-apb`, a module each: `add_arguments(parser)` and `run(args) -> exit status`."""
 
 from __future__ import annotations
 

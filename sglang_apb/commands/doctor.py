@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pkgutil
 import platform
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
-from sglang_apb import patches
+import sglang_apb.patches as patches
 from sglang_apb.patches._patch import SGLANG_VERSION, PatchError
 
 HELP = "check versions, GPUs, plugin entry points and patches"
-ENTRY_POINTS = {"sglang.srt.plugins": "apb", "sglang.srt.platforms": "portable_cpu"}
+PLUGINS = "sglang.srt.plugins"
+ENTRY_POINTS = {PLUGINS: "apb", "sglang.srt.platforms": "portable_cpu"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _versions() -> Iterator[Finding]:
     yield Finding("python", platform.python_version())
-    for name, wanted in {"torch": None, "sglang": SGLANG_VERSION, "sglang-router": None, "pyzmq": None}.items():
+    for name, wanted in {
+        "torch": None,
+        "sglang": SGLANG_VERSION,
+        "sglang-router": None,
+        "pyzmq": None,
+    }.items():
         try:
             found = version(name)
         except PackageNotFoundError:
@@ -61,7 +68,11 @@ def _gpus() -> Iterator[Finding]:
 def _entry_points() -> Iterator[Finding]:
     for group, name in ENTRY_POINTS.items():
         found = any(point.name == name for point in entry_points(group=group))
-        yield Finding(f"entry point {name}", f"in {group}" if found else f"not in {group}: reinstall", found)
+        chosen = os.environ.get("SGLANG_PLUGINS", "").strip()
+        if chosen and group == PLUGINS and name not in [part.strip() for part in chosen.split(",")]:
+            yield Finding(f"entry point {name}", f"SGLANG_PLUGINS={chosen} leaves it out", ok=False)
+        else:
+            yield Finding(f"entry point {name}", f"in {group}" if found else f"not in {group}: reinstall", found)
 
 
 def _patches() -> Iterator[Finding]:

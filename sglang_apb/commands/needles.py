@@ -17,35 +17,44 @@ QUESTION = "\n\nWhat is the special magic number for {city} mentioned in the tex
 ANSWER_START = " The special magic number for {city} mentioned in the text is"
 NEEDLE = "The special magic number for {city} is {number}."
 
-CITIES = (
-    "Amsterdam Ankara Athens Bergen Berlin Bogota Bristol Cairo Dakar Delhi Dublin Geneva Hanoi Helsinki Jakarta "
-    "Karachi Lagos Lima Lisbon London Madrid Manila Melbourne Mexico Milan Mumbai Nairobi Oslo Paris Prague Quito "
-    "Riga Rome Santiago Seoul Sofia Tokyo Toronto Vienna Warsaw"
-).split()
 
-_SUBJECTS = (
-    "The survey team|A retired engineer|The town library|Our neighbour|The harbour master|A group of students|"
-    "The museum's curator|An old farmer|The weather station|The railway company|A young painter|The local council"
-).split("|")
-_VERBS = (
-    "described|repaired|photographed|visited|measured|catalogued|rebuilt|inspected|discussed|restored|mapped|sketched"
-).split("|")
-_OBJECTS = (
-    "the stone bridge|a set of brass instruments|the eastern garden|several wooden boats|the lighthouse stairs|"
-    "an unfinished manuscript|the market square|a narrow canal|the orchard wall|two water mills|the long corridor|"
-    "a collection of maps"
-).split("|")
-_CIRCUMSTANCES = (
-    "before the first snow|with great patience|after a long discussion|while the river was low|during the summer fair|"
-    "without any outside help|for the third time that decade|in spite of the strong wind|as the letters had suggested|"
-    "on a quiet afternoon|under a grey sky|long after the others had left"
-).split("|")
-_REMARKS = (
-    "Nobody objected.|The costs were shared by everyone involved.|It took longer than planned, yet the result was sound.|"
-    "A short note about it appeared in the newspaper.|Opinions differed on whether it was worth the effort.|"
-    "The weather stayed mild throughout.|Later visitors rarely noticed the difference.|Some of the tools were borrowed.|"
-    "Children watched from the other side of the road.|The work began early and ended at dusk."
-).split("|")
+def _items(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(item.split()) for item in text.split("|"))
+
+
+CITIES = _items(
+    """Amsterdam | Ankara | Athens | Bergen | Berlin | Bogota | Bristol | Cairo | Dakar | Delhi | Dublin
+    | Geneva | Hanoi | Helsinki | Jakarta | Karachi | Lagos | Lima | Lisbon | London | Madrid | Manila
+    | Melbourne | Milan | Mumbai | Nairobi | Oslo | Paris | Prague | Quito | Riga | Rome | Santiago | Seoul
+    | Sofia | Tokyo"""
+)
+_SUBJECTS = _items(
+    """The survey team | A retired engineer | The town library | Our neighbour | The harbour master
+    | A group of students | The museum's curator | An old farmer | The weather station | The railway company
+    | A young painter | The local council"""
+)
+_VERBS = _items(
+    """described | repaired | photographed | visited | measured | catalogued | rebuilt | inspected | discussed
+    | restored | mapped | sketched"""
+)
+_OBJECTS = _items(
+    """the stone bridge | a set of brass instruments | the eastern garden | several wooden boats
+    | the lighthouse stairs | an unfinished manuscript | the market square | a narrow canal | the orchard wall
+    | two water mills | the long corridor | a collection of maps"""
+)
+_CIRCUMSTANCES = _items(
+    """before the first snow | with great patience | after a long discussion | while the river was low
+    | during the summer fair | without any outside help | for the third time that decade
+    | in spite of the strong wind | as the letters had suggested | on a quiet afternoon | under a grey sky
+    | long after the others had left"""
+)
+_REMARKS = _items(
+    """Nobody objected. | The costs were shared by everyone involved. | Some of the tools were borrowed.
+    | It took longer than planned, yet the result was sound. | The weather stayed mild throughout.
+    | A short note about it appeared in the newspaper. | Opinions differed on whether it was worth the effort.
+    | Later visitors rarely noticed the difference. | Children watched from the other side of the road.
+    | The work began early and ended at dusk."""
+)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A command with everything it starts, as one thing that ends as a whole.
 
-`ProcessGroup` starts a small guard process, and the guard starts the command. The guard's standard input is a
-pipe that only the starting process holds: when that process stops the group, or dies in any way at all (SIGKILL
-included), the pipe closes and the guard ends every descendant and removes what they left in /tmp and /dev/shm.
+`ProcessGroup` starts a small guard process, and the guard starts the command. The guard's standard input is
+a pipe that only the starting process holds: when that process stops the group, or dies in any way at all, the
+pipe closes, and the guard ends every descendant and removes what they left in /tmp and /dev/shm.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _start(command: Sequence[str], temporary: str) -> subprocess.Popen[bytes]:
 def _wait(child: subprocess.Popen[bytes], shared_memory: set[int]) -> None:
     """Returns when the child has ended or standard input is closed.
 
-    Shared memory is collected all along: the processes that could tell which is theirs are gone after a crash.
+    Shared memory is collected all along: after a crash, the processes that could tell are gone.
     """
     with selectors.DefaultSelector() as selector:
         selector.register(os.pidfd_open(child.pid), selectors.EVENT_READ)

@@ -1,5 +1,7 @@
 """SGLang servers on this machine as context managers: one server, or prefill, decode and router.
 
+For example:
+
     with LocalCluster("model-dir", port=30000, log_dir=Path("logs"), sp_size=2) as cluster:
         cluster.wait_ready()
         requests.post(f"{cluster.url}/v1/chat/completions", json=...)
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import requests
 
@@ -42,12 +44,10 @@ class ServiceError(CommandError):
 class LocalService:
     """Servers that start together, are ready together, and end together.
 
-    `url` answers OpenAI requests once `wait_ready` has returned. `report` gets a line of progress now and then.
+    `url` answers OpenAI requests once `wait_ready` has returned. `report` gets lines of progress.
     """
 
-    def __init__(
-        self, groups: Sequence[ProcessGroup], url: str, ports: dict[str, int], report: Report | None = None
-    ):
+    def __init__(self, groups: Sequence[ProcessGroup], url: str, ports: dict[str, int], report: Report | None = None):
         self.groups = tuple(groups)
         self.url = url
         self._ports = ports
@@ -128,16 +128,15 @@ class LocalServer(LocalService):
         report: Report | None = None,
     ):
         ports = {"server": port, "server's ranks": port + 1}
-        command = _server_command(model, port, port + 1, arguments)
-        group = ProcessGroup("server", command, log_dir / "server.log", _SERVER_ENV)
+        group = _server("server", model, ports, arguments, log_dir / "server.log")
         super().__init__([group], f"http://{HOST}:{port}", ports, report)
 
 
 class LocalCluster(LocalService):
     """A prefill server of `sp_size` ranks, a decode server and a router; ports `port` to `port` + 6.
 
-    `prefill_backend` None is stock SGLang. `arguments` go to both servers as they are, `prefill_arguments` and
-    `decode_arguments` to one. Logs: prefill.log, decode.log and router.log in `log_dir`.
+    `prefill_backend` None is stock SGLang. `arguments` go to both servers, `prefill_arguments` and
+    `decode_arguments` to one, as they are. Logs: prefill.log, decode.log and router.log in `log_dir`.
     """
 
     def __init__(
@@ -155,30 +154,21 @@ class LocalCluster(LocalService):
         report: Report | None = None,
     ):
         ports = _cluster_ports(port)
-        self._prefill_url = f"http://{HOST}:{ports['prefill server']}"
+        transfer = ["--disaggregation-transfer-backend", transfer_backend]
+        prefill = ["--disaggregation-mode", "prefill", *transfer]
+        prefill += ["--disaggregation-bootstrap-port", str(ports["prefill server's bootstrap"])]
+        if prefill_backend:
+            prefill += ["--prefill-backend", prefill_backend, "--sp-size", str(sp_size)]
+        decode = ["--disaggregation-mode", "decode", *transfer]
         self._placement = place(num_gpus(), sp_size)
-        method = ("--prefill-backend", prefill_backend, "--sp-size", str(sp_size)) if prefill_backend else ()
-        transfer = ("--disaggregation-transfer-backend", transfer_backend)
-        prefill = _server_command(
-            model,
-            ports["prefill server"],
-            ports["prefill server's ranks"],
-            ("--disaggregation-mode", "prefill", *transfer, *method)
-            + ("--disaggregation-bootstrap-port", str(ports["prefill server's bootstrap"]))
-            + (*self._placement.prefill, *arguments, *prefill_arguments),
-        )
-        decode = _server_command(
-            model,
-            ports["decode server"],
-            ports["decode server's ranks"],
-            ("--disaggregation-mode", "decode", *transfer)
-            + (*self._placement.decode, *arguments, *decode_arguments),
-        )
+        prefill += [*self._placement.prefill, *arguments, *prefill_arguments]
+        decode += [*self._placement.decode, *arguments, *decode_arguments]
         groups = [
-            ProcessGroup("prefill server", prefill, log_dir / "prefill.log", _SERVER_ENV),
-            ProcessGroup("decode server", decode, log_dir / "decode.log", _SERVER_ENV),
+            _server("prefill server", model, ports, prefill, log_dir / "prefill.log"),
+            _server("decode server", model, ports, decode, log_dir / "decode.log"),
             ProcessGroup("router", _router_command(ports), log_dir / "router.log"),
         ]
+        self._prefill_url = f"http://{HOST}:{ports['prefill server']}"
         super().__init__(groups, f"http://{HOST}:{port}", ports, report)
 
     def _started(self, group: ProcessGroup) -> None:
@@ -221,8 +211,12 @@ def is_up(url: str) -> bool:
 
 
 def completes_chat(url: str) -> bool:
-    """Whether a chat completion of one token succeeds. Raises ServiceError when it is refused as a bad request."""
-    body = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    """Whether a chat completion of one token succeeds. Raises ServiceError when it is a bad request."""
+    body: dict[str, Any] = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 1,
+    }
     try:
         response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     except requests.RequestException:
@@ -243,8 +237,8 @@ def check_ports(ports: dict[str, int]) -> None:
                 probe.bind((HOST, port))
             except OSError as error:
                 raise CommandError(
-                    f"port {port} for the {purpose} is not free ({error.strerror}): end what listens there, or "
-                    f"choose another --port (it and the next {len(ports) - 1} are used)"
+                    f"port {port} for the {purpose} is not free ({error.strerror}): end what listens "
+                    f"there, or choose another --port (it and the next {len(ports) - 1} are used)"
                 ) from error
 
 
@@ -261,10 +255,11 @@ def _cluster_ports(port: int) -> dict[str, int]:
     return {purpose: port + index for index, purpose in enumerate(purposes)}
 
 
-def _server_command(model: str, port: int, ranks_port: int, arguments: Sequence[str]) -> list[str]:
+def _server(name: str, model: str, ports: dict[str, int], arguments: Sequence[str], log_path: Path) -> ProcessGroup:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
-    command += ["--port", str(port), "--nccl-port", str(ranks_port)]
-    return [*command, *(_CPU_ARGUMENTS if num_gpus() == 0 else ()), *arguments]
+    command += ["--port", str(ports[name]), "--nccl-port", str(ports[f"{name}'s ranks"])]
+    command += [*(_CPU_ARGUMENTS if num_gpus() == 0 else ()), *arguments]
+    return ProcessGroup(name, command, log_path, _SERVER_ENV)
 
 
 def _router_command(ports: dict[str, int]) -> list[str]:

@@ -13,9 +13,10 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-# When the user names no sizes. Prefill, decode and router of a small cluster must fit on one machine, and the
-# KV pool is written once at start: 32K tokens take 2 s.
-DEFAULT_MEM_FRACTION = 0.4
+# When the user names no sizes. SGLang takes whatever other processes use for the weights' share, and refuses to
+# start where that leaves no KV: ranks and servers that start side by side must not do that to each other. So the
+# share is generous, and the KV pool, which is written once at start (32K tokens: 2 s), is bounded by tokens.
+DEFAULT_MEM_FRACTION = 0.9
 DEFAULT_MAX_TOTAL_TOKENS = 32768
 
 
@@ -33,11 +34,13 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend == "intel_amx":  # SGLang's CPU default, set just before this call
             server_args.attention_backend = "torch_native"
         if server_args.mem_fraction_static is None:
-            server_args.mem_fraction_static = round(DEFAULT_MEM_FRACTION / server_args.tp_size, 3)
+            server_args.mem_fraction_static = DEFAULT_MEM_FRACTION
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
         # A scheduler that polls without a pause takes a whole core from the forward passes.
         server_args.sleep_on_idle = True
+        # A prefill server sends a cached prefix ahead of its batch by way of a CUDA event.
+        os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
         _share_cores(server_args.tp_size)
 
     def get_default_attention_backend(self) -> str:
@@ -83,7 +86,7 @@ def _share_cores(num_ranks: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     per_rank = max(1, len(cores) // num_ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(per_rank))
+    # Threads that wait for each other by spinning starve when prefill and decode servers share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     shares = [cores[rank * per_rank % len(cores) :][:per_rank] for rank in range(num_ranks)]
-    os.environ.setdefault(
-        "SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares)
-    )
+    os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(",".join(map(str, share)) for share in shares))

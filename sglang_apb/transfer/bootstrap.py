@@ -56,7 +56,7 @@ def fetch_prefill_info(bootstrap_addr: str) -> tuple[PrefillServerInfo | None, s
         answer: dict[str, Any] = response.json()
         info = PrefillServerInfo(**{key: answer[key] for key in _INFO_FIELDS & answer.keys()})
     except (requests.RequestException, ValueError, TypeError) as error:
-        logger.warning("Prefill server %s did not answer the decode server: %s", bootstrap_addr, error)
+        logger.warning("Prefill server %s did not answer: %s", bootstrap_addr, type(error).__name__)
         return None, ""
     return info, _find_refusal(bootstrap_addr, response.headers)
 

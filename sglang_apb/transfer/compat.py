@@ -11,9 +11,7 @@ import msgspec
 from msgspec import Meta
 
 # Of one model's configuration, what two servers that run it may well have different.
-_NOT_THE_MODEL = frozenset(
-    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"}
-)
+_NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"})
 
 _ItemLens = Annotated[list[Annotated[int, Meta(ge=1, le=1 << 31)]], Meta(max_length=8192)]
 _Text = Annotated[str, Meta(max_length=256)]
@@ -58,10 +56,7 @@ def find_difference(prefill: Compat, decode: Compat) -> str | None:
     )
     for name, ours, theirs, option in options:
         if ours != theirs:
-            return (
-                f"The prefill server has {name} {ours}, the decode server {theirs}: "
-                f"give both the same {option}."
-            )
+            return f"The prefill server has {name} {ours}, the decode server {theirs}: give both the same {option}."
     if prefill.kv_item_lens != decode.kv_item_lens:
         return (
             f"A page has {sum(prefill.kv_item_lens)} bytes in {len(prefill.kv_item_lens)} buffers on the "

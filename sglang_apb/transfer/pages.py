@@ -102,8 +102,7 @@ def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: S
 def open_host_memory(ptrs: Sequence[int], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages:
     """Pages at the addresses `ptrs` of this process. The owner of the memory must outlive the result."""
     arrays = [
-        np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8)
-        for ptr, size in zip(ptrs, lens, strict=True)
+        np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8) for ptr, size in zip(ptrs, lens, strict=True)
     ]
     return HostPages(arrays, item_lens)
 

@@ -80,9 +80,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
         self._close(reason or "The request failed on the decode server.")
         self.clear()
-        raise KVTransferError(
-            self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason
-        )
+        raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
 
     def clear(self) -> None:
         super().clear()

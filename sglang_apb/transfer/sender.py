@@ -40,9 +40,7 @@ class ZmqKVSender(CommonKVSender):
         pp_rank: int,
         req_has_disagg_prefill_dp_rank: bool = False,
     ):
-        super().__init__(
-            mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank
-        )
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank)
         self.init_time = time.time()
         self._owned: tuple[PageRange, ...] | None = None
         self._info: dict[str, int | str] = {}
@@ -132,9 +130,7 @@ class ZmqKVSender(CommonKVSender):
         reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._room.reason
         self._close(reason)
         self.clear()
-        raise KVTransferError(
-            self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason
-        )
+        raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
 
     def clear(self) -> None:
         super().clear()

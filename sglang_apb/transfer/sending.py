@@ -120,9 +120,7 @@ class SendingEndpoint(SocketLoop):
         room.started = time.monotonic()
         self._put(room, lambda: iter([self._message(room, Announce(list(ranges)))]))
 
-    def send_pages(
-        self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None = None
-    ) -> None:
+    def send_pages(self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None = None) -> None:
         """Queues pages [first_page, + len(ids)) of the request, which are pages `ids` of the pool.
 
         `wait` is called before the first byte is read, when the pages are not final yet.
@@ -196,16 +194,12 @@ class SendingEndpoint(SocketLoop):
             room.outbox.popleft()
         return None
 
-    def _blocks(
-        self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None
-    ) -> Frames:
+    def _blocks(self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None) -> Frames:
         if wait is not None:
             wait()
         for block in plan_blocks(self._pages.item_lens, first_page, len(ids)):
             start = block.first_page - first_page
-            payload = self._pages.gather(
-                block.first_buffer, block.num_buffers, ids[start : start + block.num_pages]
-            )
+            payload = self._pages.gather(block.first_buffer, block.num_buffers, ids[start : start + block.num_pages])
             room.num_bytes += payload.nbytes
             yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), memoryview(payload))
 

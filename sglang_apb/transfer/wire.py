@@ -41,9 +41,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 PageNumber = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
 InfoText = Annotated[str, Meta(max_length=256)]
 InfoNumber = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
-Info = Annotated[
-    dict[Annotated[str, Meta(max_length=64)], InfoNumber | InfoText], Meta(max_length=MAX_INFO_ENTRIES)
-]
+Info = Annotated[dict[Annotated[str, Meta(max_length=64)], InfoNumber | InfoText], Meta(max_length=MAX_INFO_ENTRIES)]
 
 
 class WireError(ValueError):
@@ -132,9 +130,7 @@ _DECODERS = {kind: msgspec.msgpack.Decoder(message) for message, kind in _KIND_O
 _encoder = msgspec.msgpack.Encoder()
 
 
-def pack(
-    kind: Kind, room: int, attempt: int, body: bytes = b"", payload: Buffer | None = None
-) -> list[Buffer]:
+def pack(kind: Kind, room: int, attempt: int, body: bytes = b"", payload: Buffer | None = None) -> list[Buffer]:
     """The parts of one frame. `payload` is not copied."""
     parts: list[Buffer] = [body] if payload is None else [body, payload]
     header = bytearray(_HEADER.pack(MAGIC, VERSION, kind, room, attempt, 0))

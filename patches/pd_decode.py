@@ -1,0 +1,32 @@
+"""Target: `DecodeTransferQueue._commit_transfer_to_req`. Reason: the decode server's answer says how the prefill
+server ran the prompt, and how many bytes of KV came.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_apb.patches._patch import Patch
+
+from sglang_apb.requests import PARAMETER
+
+
+def _keep_report(self: Any, decode_req: Any) -> None:
+    """Before, because SGLang drops the receiver once the transfer is committed."""
+    receiver = decode_req.kv_receiver
+    info = getattr(receiver, "prefill_info", None)
+    if isinstance(info, dict) and info:
+        report = info | {"kv_bytes": receiver.num_bytes}
+        if "attention_share" in report:  # a text on the wire
+            report["attention_share"] = float(report["attention_share"])
+        decode_req.req.customized_info = {PARAMETER: [report]}
+
+
+PATCHES = (
+    Patch(
+        "sglang.srt.disaggregation.decode.DecodeTransferQueue._commit_transfer_to_req",
+        "before",
+        ("self", "decode_req"),
+        _keep_report,
+    ),
+)

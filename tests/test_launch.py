@@ -1,0 +1,280 @@
+"""Servers as process groups: they start together, tell what went wrong, and leave nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import (
+    LocalCluster,
+    LocalService,
+    ServiceError,
+    check_ports,
+    place,
+)
+
+ROOT = Path(__file__).parents[1]
+SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
+# Answers every POST with the next of the statuses on its command line, and goes on with the last one.
+FAKE_ROUTER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+statuses = [int(status) for status in sys.argv[2:]]
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(statuses.pop(0) if len(statuses) > 1 else statuses[0])
+        self.end_headers()
+        self.wfile.write(b"{}")
+    def log_message(self, *args):
+        pass
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+# What `sglang-apb launch` runs, with fake servers.
+DRIVER = """
+import sys
+from pathlib import Path
+from sglang_apb import cli
+from sglang_apb.commands import launch
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import LocalService
+port, folder, server, router = sys.argv[1:]
+python = [sys.executable, "-c"]
+groups = [
+    ProcessGroup("prefill server", [*python, server], Path(folder) / "prefill.log"),
+    ProcessGroup("router", [*python, router, port, "200"], Path(folder) / "router.log"),
+]
+launch._cluster = lambda args: LocalService(groups, f"http://127.0.0.1:{port}", {"router": int(port)})
+sys.exit(cli.main(["launch", "--model", "none"]))
+"""
+# Does what SGLang's servers do: a child in another session, deaf to SIGTERM, with shared memory and a file.
+STUBBORN_SERVER = """
+import mmap, os, signal, subprocess, sys, tempfile, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) == 1:
+    subprocess.Popen([sys.executable, "-c", open("/proc/self/cmdline").read().split(chr(0))[2], "child"],
+                     start_new_session=True)
+tempfile.NamedTemporaryFile(delete=False)
+descriptor = os.open(f"/dev/shm/apb_test_{os.getpid()}", os.O_CREAT | os.O_RDWR)
+os.ftruncate(descriptor, 4096)
+memory = mmap.mmap(descriptor, 4096)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    """The first of 7 free ports, below the range that the kernel gives to clients."""
+    for first in range(21000 + os.getpid() % 5000, 32000, 7):
+        with contextlib.suppress(CommandError):
+            check_ports({f"test {port}": port for port in range(first, first + 7)})
+            return first
+    raise AssertionError("no 7 free ports in a row")
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where guards make theirs, instead of /tmp."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def launched(tmp_path: Path, temporary: Path, port: int) -> Iterator[subprocess.Popen[str]]:
+    """`sglang-apb launch` with a stubborn fake server, once it has printed READY."""
+    command = [sys.executable, "-c", DRIVER, str(port), str(tmp_path), STUBBORN_SERVER, FAKE_ROUTER]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"READY http://127.0.0.1:{port}\n"
+        _wait_for(lambda: len(_shared_memory(process.pid)) == 2)
+        yield process
+        process.kill()
+
+
+def _listening(port: int) -> socket.socket:
+    return socket.create_server(("127.0.0.1", port))
+
+
+def _wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+def _alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if _is_alive(process)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _shared_memory(pid: int) -> list[Path]:
+    pids = [process.pid for process in psutil.Process(pid).children(recursive=True)]
+    return [path for pid in pids if (path := Path(f"/dev/shm/apb_test_{pid}")).exists()]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+)
+def test_signal_ends_everything(
+    launched: subprocess.Popen[str], temporary: Path, number: signal.Signals, status: int
+) -> None:
+    processes = psutil.Process(launched.pid).children(recursive=True)
+    shared_memory = _shared_memory(launched.pid)
+    assert len(processes) >= 5 and list(temporary.iterdir())
+
+    launched.send_signal(number)
+
+    assert launched.wait(timeout=20) == status
+    _wait_for(lambda: not _alive(processes))
+    assert not [path for path in shared_memory if path.exists()]
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_dying_server_ends_all_and_its_log_is_shown(
+    launched: subprocess.Popen[str], temporary: Path, tmp_path: Path
+) -> None:
+    processes = psutil.Process(launched.pid).children(recursive=True)
+    router = next(process for process in processes if process.cmdline()[2:3] == [FAKE_ROUTER])
+
+    router.kill()
+
+    _, errors = launched.communicate(timeout=20)
+    assert launched.returncode == 1
+    assert "the router ended with status 137" in errors and str(tmp_path / "router.log") in errors
+    assert not _alive(processes)
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_server_that_fails_at_start_is_named_with_its_last_words(tmp_path: Path, port: int) -> None:
+    failing = [sys.executable, "-c", "import sys; sys.exit('no such model\\n' + 'x' * 1000)"]
+    groups = [
+        ProcessGroup("prefill server", SLEEPER, tmp_path / "prefill.log"),
+        ProcessGroup("decode server", failing, tmp_path / "decode.log"),
+    ]
+    service = LocalService(groups, f"http://127.0.0.1:{port}", {})
+    with pytest.raises(ServiceError, match=r"decode server ended with status 1; .*\n.*no such model") as error, service:
+        service.wait_ready(timeout=20)
+    assert "x" * 400 not in str(error.value)
+    assert groups[0].exit_status is not None
+
+
+def test_ready_means_that_a_chat_completion_succeeded(tmp_path: Path, port: int) -> None:
+    router = [sys.executable, "-c", FAKE_ROUTER, str(port), "503", "404", "500", "200"]
+    reports: list[str] = []
+    service = LocalService(
+        [ProcessGroup("router", router, tmp_path / "router.log")], f"http://127.0.0.1:{port}", {}, reports.append
+    )
+    with service:
+        started = time.monotonic()
+        service.wait_ready(timeout=20)
+        assert time.monotonic() - started > 1.5, "three failures come before the success"
+        assert requests.post(service.url, json={}, timeout=5).ok
+
+
+def test_a_refused_completion_is_an_error_at_once(tmp_path: Path, port: int) -> None:
+    router = [sys.executable, "-c", FAKE_ROUTER, str(port), "400"]
+    service = LocalService([ProcessGroup("router", router, tmp_path / "router.log")], f"http://127.0.0.1:{port}", {})
+    with pytest.raises(ServiceError, match="refuses a chat completion"), service:
+        service.wait_ready(timeout=20)
+
+
+def test_not_ready_in_time_names_the_logs(tmp_path: Path, port: int) -> None:
+    service = LocalService([ProcessGroup("server", SLEEPER, tmp_path / "server.log")], f"http://127.0.0.1:{port}", {})
+    with pytest.raises(ServiceError, match=f"not ready after 1 s; logs: {tmp_path}"), service:
+        service.wait_ready(timeout=1)
+    assert service.groups[0].exit_status is not None
+
+
+def test_a_port_in_use_is_named(port: int) -> None:
+    with _listening(port), pytest.raises(CommandError, match=f"port {port} for the prefill server is not free"):
+        check_ports({"prefill server": port})
+
+
+def test_a_port_beyond_the_last_one_is_refused() -> None:
+    with pytest.raises(CommandError, match="port 65536 for the decode server does not exist"):
+        check_ports({"router": 65535, "decode server": 65536})
+
+
+@pytest.mark.parametrize("offset", range(7))
+def test_launch_refuses_every_taken_port_of_a_cluster(tmp_path: Path, port: int, offset: int) -> None:
+    cluster = LocalCluster("no-model", port=port, log_dir=tmp_path)
+    with _listening(port + offset), pytest.raises(CommandError, match=f"port {port + offset} for the"):
+        cluster.start()
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+def test_the_script_reports_a_port_in_use(tmp_path: Path, port: int) -> None:
+    with _listening(port):
+        result = subprocess.run(
+            [ROOT / "launch/pd_local.sh", "--model", "none", "--port", str(port), "--log-dir", tmp_path],
+            env=os.environ | {"PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 1
+    assert f"port {port} for the router is not free" in result.stderr and "READY" not in result.stdout
+
+
+def test_arguments_reach_the_right_server(tmp_path: Path) -> None:
+    cluster = LocalCluster(
+        "some-model",
+        port=31990,
+        log_dir=tmp_path,
+        sp_size=3,
+        arguments=["--dtype", "float32"],
+        prefill_arguments=["--prefill-only"],
+        decode_arguments=["--decode-only"],
+    )
+    prefill, decode, router = (" ".join(group.command) for group in cluster.groups)
+    assert "--prefill-backend apb --sp-size 3" in prefill and "--prefill-backend" not in decode
+    assert "--disaggregation-mode prefill --disaggregation-transfer-backend zmq" in prefill
+    assert "--disaggregation-mode decode --disaggregation-transfer-backend zmq" in decode
+    assert prefill.endswith("--dtype float32 --prefill-only") and decode.endswith("--dtype float32 --decode-only")
+    assert "--prefill http://127.0.0.1:31991 31993 --decode http://127.0.0.1:31992" in router
+    assert "--port 31990" in router and cluster.url == "http://127.0.0.1:31990"
+
+
+def test_stock_prefill_gets_no_option_of_ours(tmp_path: Path) -> None:
+    cluster = LocalCluster("m", port=31990, log_dir=tmp_path, sp_size=1, prefill_backend=None)
+    assert not {"--prefill-backend", "--sp-size"} & set(cluster.groups[0].command)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "sp_size", "decode", "in_turn"),
+    [
+        (0, 2, (), False),
+        (3, 2, ("--base-gpu-id", "2"), False),
+        (2, 2, ("--mem-fraction-static", "0.6"), True),
+        (1, 1, ("--mem-fraction-static", "0.6"), True),
+    ],
+)
+def test_decode_takes_the_next_gpu_or_shares_the_first(
+    num_gpus: int, sp_size: int, decode: tuple[str, ...], in_turn: bool
+) -> None:
+    placement = place(num_gpus, sp_size)
+    assert (placement.decode, placement.in_turn) == (decode, in_turn)
+    assert bool(placement.prefill) == in_turn

@@ -1,0 +1,47 @@
+"""Small random models of each supported family: real servers answer in milliseconds, and every layer is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def make(family: str, tokenizer_dir: Path, output_dir: Path) -> Path:
+    """A model folder of `family` with the tokenizer of `tokenizer_dir`; weights are drawn with a fixed seed."""
+    import transformers
+
+    config_class = getattr(transformers, family.removesuffix("ForCausalLM") + "Config")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = config_class(
+        **_SIZES, vocab_size=49152, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    if family == "MistralForCausalLM":
+        config.sliding_window = None
+    torch.manual_seed(0)
+    model = getattr(transformers, family)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:  # wide enough that greedy tokens are not all the same
+                parameter.normal_(std=0.08)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    model.save_pretrained(output_dir)
+    for name in _TOKENIZER_FILES:
+        if (tokenizer_dir / name).exists():
+            shutil.copy(tokenizer_dir / name, output_dir / name)
+    return output_dir
