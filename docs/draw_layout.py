@@ -5,6 +5,7 @@ Rows are queries, columns are keys, a cell is a token. Which tokens are passed o
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from sglang_apb.config import ApbConfig
@@ -12,7 +13,7 @@ from sglang_apb.layout import Layout, Span, plan
 
 CELL = 12
 LEFT, TOP = 96, 60
-FONT = 'font-family="Helvetica, Arial, sans-serif"'
+FONT = 'font-family="Helvetica, Arial, DejaVu Sans, sans-serif"'
 COLOURS = {
     "anchor": ("#e69f00", "anchor: the context's first tokens"),
     "passing": ("#009e73", "passing: the tokens of earlier blocks that matter most to the question"),
@@ -28,10 +29,8 @@ def passed_on(layout: Layout, block: int) -> list[int]:
     return [span.start + (2 * i + 1) * len(span) // (2 * count) for i in range(count)]
 
 
-def kind(layout: Layout, query: int, key: int) -> str | None:
-    """Why `query` sees `key`, a key of COLOURS; None when causality forbids it."""
-    if key > query:
-        return None
+def kind(layout: Layout, query: int, key: int) -> str:
+    """Why `query` sees `key`, which is not after it; a key of COLOURS."""
     if query >= layout.context_end:
         return "question"
     block = next(i for i, span in enumerate(layout.blocks) if span.start <= query < span.end)
@@ -43,12 +42,13 @@ def kind(layout: Layout, query: int, key: int) -> str | None:
 
 
 def cells(layout: Layout) -> list[str]:
+    """One rectangle for each run of cells of one colour in a row."""
     lines = []
     for query in range(layout.num_tokens):
-        for key in range(query + 1):
-            colour = COLOURS[kind(layout, query, key) or ""][0]
-            x, y = LEFT + key * CELL, TOP + query * CELL
-            lines.append(f'<rect x="{x}" y="{y}" width="{CELL - 1}" height="{CELL - 1}" fill="{colour}"/>')
+        for name, run in itertools.groupby(range(query + 1), lambda key, query=query: kind(layout, query, key)):
+            keys = list(run)
+            x, y, width = LEFT + keys[0] * CELL, TOP + query * CELL, len(keys) * CELL
+            lines.append(f'<rect x="{x}" y="{y}" width="{width}" height="{CELL - 1}" fill="{COLOURS[name][0]}"/>')
     return lines
 
 

@@ -1,0 +1,68 @@
+"""Models and servers that the tests share. Servers are real processes on loopback, one service at a time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from sglang_apb.commands.servers import LocalCluster, LocalServer, LocalService
+
+# Each service gets ports of its own: those of the last one may still be closing.
+_ports = itertools.count(32000, 10)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, made by `sglang-apb model smollm2`; `make test` does that first."""
+    path = Path(os.environ.get("SGLANG_APB_MODEL", ".demo/model"))
+    assert (path / "config.json").exists(), f"{path} holds no model: run `sglang-apb model smollm2 {path}` first"
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A small random model of the given family, made at its first use."""
+    folder = tmp_path_factory.mktemp("tiny")
+
+    def make(family: str = "LlamaForCausalLM") -> Path:
+        path = folder / family
+        return path if path.exists() else tiny_models.make(family, smollm2, path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def log_dirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A fresh folder at every `next`."""
+    return (tmp_path_factory.mktemp("logs") for _ in itertools.count())
+
+
+@contextmanager
+def running(service: LocalService) -> Iterator[str]:
+    """The service's URL, once it answers."""
+    with service:
+        service.wait_ready(timeout=600)
+        yield service.url
+
+
+def server(model: Path, log_dir: Path, *arguments: str) -> LocalServer:
+    """One server in float32, where outputs must be equal."""
+    return LocalServer(str(model), port=next(_ports), log_dir=log_dir, arguments=["--dtype", "float32", *arguments])
+
+
+def cluster(model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str) -> LocalCluster:
+    """Prefill on `num_ranks` ranks, decode and router over zmq, in float32."""
+    return LocalCluster(
+        str(model),
+        port=next(_ports),
+        log_dir=log_dir,
+        sp_size=num_ranks,
+        arguments=["--dtype", "float32"],
+        prefill_arguments=prefill_arguments,
+    )

@@ -153,12 +153,12 @@ def test_demo_streams_the_answer_and_says_what_ran(
     openai_server: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = demo.ask(openai_server(lambda body: " ten Representatives."), "A document.")
-    assert capsys.readouterr().out.strip() == f"Answer:   {demo.ANSWER_START} ten Representatives."
+    assert capsys.readouterr().out.strip() == f"Answer:   [{demo.ANSWER_START}] ten Representatives."
     assert (answer.text, answer.num_prompt_tokens, answer.prefill) == (" ten Representatives.", 7000, REPORT)
     assert answer.first_token_s > 0
     lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in demo.describe(answer).splitlines())
     assert lines["method"] == "apb" and lines["ranks"] == "2" and lines["blocks"] == "16"
-    assert lines["attention work"] == "31% of exact attention's" and lines["KV sent"] == "1,234,567 bytes"
+    assert lines["attention work"] == "31% of exact attention's" and lines["KV sent"] == "1,234,567 bytes over zmq"
 
 
 def test_an_answer_without_a_report_is_told_apart() -> None:

@@ -204,6 +204,35 @@ def test_pages_that_cannot_be_read_fail_the_request_only() -> None:
                 assert "could not read the request's pages" in decode.reason == room.reason
 
 
+def test_closing_on_decode_before_prefill_knows_the_request() -> None:
+    with cluster() as peers:
+        peers.receiver.close(peers.ask(1, np.arange(8)), "Aborted by the client.")
+        peers.receiver.refuse(2, peers.addresses, "Another page size.")
+        time.sleep(0.05)
+        for room_id, reason in ((1, "Aborted by the client."), (2, "Another page size.")):
+            room = peers.senders[0].open(room_id)
+            assert wait_for(lambda room=room: room.state is SendState.FAILED)
+            assert room.reason == reason
+
+
+def test_a_late_stop_does_not_hit_the_next_request_of_its_room() -> None:
+    with cluster() as peers, _Peer(peers) as stranger:
+        late_stop = wire.pack_message(Stop("Too late."), 1, 7)
+        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
+        first = peers.senders[0].open(1)
+        assert asked(first)
+        peers.senders[0].close(first)
+        stranger.send(late_stop)
+        time.sleep(0.05)
+        second = peers.senders[0].open(1)
+        stranger.send(late_stop)
+        decode = peers.ask(1, np.arange(8))
+        assert asked(second)
+        stranger.send(late_stop)
+        send_owned(peers.senders[0], second, np.arange(8), [(0, 8)], 0)
+        assert received(decode)
+
+
 def test_closing_on_prefill_stops_the_decode_server() -> None:
     with cluster() as peers:
         decode = peers.ask(1, np.arange(8))

@@ -20,13 +20,16 @@ from sglang_apb.commands.servers import LocalCluster, num_gpus
 
 HELP = "start a cluster, ask about a document of 7,000 tokens, show what ran, stop"
 DOCUMENT = Path(__file__).with_name("constitution.txt")
-QUESTION = "How many Representatives is Virginia entitled to, until the enumeration is made?"
-# A model of 135M parameters answers well when it is given the answer's first words.
-ANSWER_START = "Until the enumeration is made, Virginia is entitled to"
-EXPECTED = "ten"
+QUESTION = "In suits at common law, from what value in controversy on is the right of trial by jury preserved?"
+# A model of 135M parameters finds the place when the answer's first words are given. Without the document it
+# goes on with something else.
+ANSWER_START = (
+    "In Suits at common law, the right of trial by jury shall be preserved where the value in controversy shall exceed"
+)
+EXPECTED = "twenty dollars"
 _ANSWER_TOKENS = 24
 _TIMEOUT_S = 1800.0
-_CLOCK_INTERVAL_S = 5.0
+_CLOCK_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,19 @@ def run(args: argparse.Namespace) -> int:
     _say(f"starting prefill on {sp_size} rank(s), decode and router on {where}; logs in {log_dir.absolute()}")
     with LocalCluster(model_name, port=args.port, log_dir=log_dir, sp_size=sp_size, report=_say) as cluster:
         cluster.wait_ready()
-        print(f"\nDocument: {DOCUMENT.read_text().splitlines()[0]}\nQuestion: {QUESTION}", flush=True)
-        answer = ask(cluster.url, DOCUMENT.read_text())
+        document = DOCUMENT.read_text()
+        print(f"\nDocument: {document.splitlines()[0]}\nQuestion: {QUESTION}", flush=True)
+        answer = ask(cluster.url, document)
     print(describe(answer))
     if answer.prefill.get("method") != "apb":
         raise CommandError("the prompt was not prefilled with APB; the logs say why")
-    if EXPECTED not in answer.text.split():
+    if EXPECTED not in answer.text:
         raise CommandError(f"the answer is wrong: {EXPECTED!r} was expected")
     return 0
 
 
 def ask(url: str, document: str) -> Answer:
-    """Asks QUESTION about `document` and prints the answer as it comes."""
+    """Asks QUESTION about `document` and prints the answer as it comes, in brackets what the model was given."""
     chunks = []
     first_token_s = 0.0
     started = time.perf_counter()
@@ -74,7 +78,7 @@ def ask(url: str, document: str) -> Answer:
             if _text(chunk) and not first_token.is_set():
                 first_token_s = time.perf_counter() - started
                 first_token.set()
-                print(f"Answer:   {ANSWER_START}", end="", flush=True)
+                print(f"Answer:   [{ANSWER_START}]", end="", flush=True)
             print(_text(chunk), end="", flush=True)
     print("\n")
     return Answer(
@@ -95,7 +99,7 @@ def describe(answer: Answer) -> str:
         "ranks": prefill.get("num_ranks", "unknown"),
         "blocks": prefill.get("num_blocks", "unknown"),
         "attention work": _formatted(prefill.get("attention_share"), "{:.0%} of exact attention's"),
-        "KV sent": _formatted(prefill.get("kv_bytes"), "{:,} bytes"),
+        "KV sent": _formatted(prefill.get("kv_bytes"), "{:,} bytes over zmq"),
     }
     return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
 
@@ -110,6 +114,7 @@ def _stream(url: str, document: str) -> Iterator[Any]:
         ],
         max_tokens=_ANSWER_TOKENS,
         temperature=0,
+        stop=["."],
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"continue_final_message": True},

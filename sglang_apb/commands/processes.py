@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -28,6 +29,7 @@ _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 _SCAN_INTERVAL_S = 2.0
 _SHARED_MEMORY = "/dev/shm"
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -72,8 +74,9 @@ class ProcessGroup:
             self._guard.wait(timeout=_STOP_TIMEOUT_S)
 
     def log_tail(self, num_lines: int = 20, width: int = 300) -> str:
-        """The log's last lines that are not empty, each cut to `width` characters."""
+        """The log's last lines that are not empty, each cut to `width` characters, without colours."""
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        text = _COLOUR.sub("", text)
         lines = [line[:width] for line in text.splitlines() if line.strip()]
         return "\n".join(lines[-num_lines:])
 

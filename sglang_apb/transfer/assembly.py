@@ -47,9 +47,9 @@ class Assembly:
         except ValueError as error:
             raise TransferError(f"Prefill rank {rank} announced wrong pages. {error}") from error
         if all(ranges is not None for ranges in self._ranges):
-            error = ownership.find_partition_error([ranges or () for ranges in self._ranges], self.num_pages)
-            if error:
-                raise TransferError(f"The prefill ranks do not share the prompt out exactly: {error}.")
+            wrong = ownership.find_partition_error([ranges or () for ranges in self._ranges], self.num_pages)
+            if wrong:
+                raise TransferError(f"The prefill ranks do not share the prompt out exactly: {wrong}.")
 
     def check_block(self, rank: int, block: Block) -> None:
         """Raises WireError unless the block is new and inside what the rank announced."""

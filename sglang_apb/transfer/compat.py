@@ -47,7 +47,7 @@ def find_difference(prefill: Compat, decode: Compat) -> str | None:
     if prefill.model_hash != decode.model_hash:
         return (
             f"The prefill server runs {prefill.model}, and the decode server runs {decode.model}: "
-            f"start both with the same --model-path."
+            f"start both with the same --model-path and model options."
         )
     options = (
         ("KV cache dtype", prefill.kv_dtype, decode.kv_dtype, "--kv-cache-dtype (and --dtype)"),

@@ -58,7 +58,7 @@ class SocketLoop:
         self._handlers.pop(id(socket), None)
         socket.close(linger=0)
 
-    def work(self) -> float | None:
+    def work(self) -> int | None:
         """Does one piece of the endpoint's own work. Returns how many milliseconds to wait for
         sockets before the next piece; None when there is none until a socket or a command brings one.
         """
@@ -68,7 +68,7 @@ class SocketLoop:
         self._stopping = True
 
     def _run(self) -> None:
-        timeout: float | None = None
+        timeout: int | None = None
         while not self._stopping:
             for source, _ in self._poller.poll(timeout):
                 if source == self._wake:
@@ -86,7 +86,7 @@ class SocketLoop:
                 return
             self._guard(command)
 
-    def _guard(self, function: Callable[[], float | None] | None) -> float | None:
+    def _guard(self, function: Callable[[], int | None] | None) -> int | None:
         try:
             return function() if function else None
         except Exception:

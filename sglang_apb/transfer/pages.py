@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeAlias
 
@@ -40,10 +42,11 @@ class HostPages:
         self.item_lens = tuple(item_lens)
         self._rows = [buffer.reshape(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
         self.num_pages = min(len(rows) for rows in self._rows)
+        self._spare: deque[Bytes] = deque()
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
-        gathered = np.empty(len(ids) * sum(row.shape[1] for row in rows), np.uint8)
+        gathered = self._borrow(len(ids) * sum(row.shape[1] for row in rows))
         for source, target in _split(gathered, rows, len(ids)):
             # "clip" lets numpy write straight into `out`; every caller has checked the ids.
             np.take(source, ids, axis=0, out=target, mode="clip")
@@ -53,6 +56,15 @@ class HostPages:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
         for target, source in _split(np.frombuffer(payload, np.uint8), rows, len(ids)):
             target[ids] = source
+
+    def _borrow(self, size: int) -> Bytes:
+        """Memory that comes back here once ZMQ has sent it: touching fresh memory costs more than the copy."""
+        if size > BLOCK_BYTES:
+            return np.empty(size, np.uint8)
+        memory = self._spare.pop() if self._spare else np.empty(BLOCK_BYTES, np.uint8)
+        lent = memory[:size]
+        weakref.finalize(lent, self._spare.append, memory).atexit = False
+        return lent
 
 
 class CudaPages:
@@ -102,7 +114,7 @@ def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: S
 def open_host_memory(ptrs: Sequence[int], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages:
     """Pages at the addresses `ptrs` of this process. The owner of the memory must outlive the result."""
     arrays = [
-        np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8) for ptr, size in zip(ptrs, lens, strict=True)
+        np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(ptr)) for ptr, size in zip(ptrs, lens, strict=True)
     ]
     return HostPages(arrays, item_lens)
 

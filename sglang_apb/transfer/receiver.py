@@ -20,6 +20,7 @@ class ZmqKVReceiver(CommonKVReceiver):
     """
 
     kv_mgr: ZmqKVManager
+    conclude_state: int | None
 
     def __init__(self, mgr: ZmqKVManager, bootstrap_addr: str, bootstrap_room: int):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)

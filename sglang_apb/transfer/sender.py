@@ -30,6 +30,8 @@ _POLL = {
 class ZmqKVSender(CommonKVSender):
     kv_mgr: ZmqKVManager
     num_kv_indices: int
+    curr_idx: int
+    conclude_state: int | None
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Bounds what waits in this process for a slow decode server: about 12 MB of blocks each.
 SEND_HIGH_WATER_MARK = 8
-RETRY_MS = 2.0
+RETRY_MS = 2
 MAX_EARLY_ASKS = 1 << 16
 MAX_FRAMES_A_TURN = 64
 
@@ -112,7 +112,7 @@ class SendingEndpoint(SocketLoop):
             early = self._early.pop(room, None)
             self._given_up.pop(room, None)
         if early is not None:
-            self.call(partial(self._apply, opened, early))
+            self.call(partial(self._apply, opened, early, was_early=True))
         return opened
 
     def announce(self, room: SendRoom, ranges: Sequence[PageRange]) -> None:
@@ -141,7 +141,7 @@ class SendingEndpoint(SocketLoop):
                 del self._rooms[room.room]
         self.call(partial(self._drop, room, reason or "The prefill server gave the request up."))
 
-    def work(self) -> float | None:
+    def work(self) -> int | None:
         if not self._busy:
             return None
         room = self._busy.popleft()
@@ -151,7 +151,7 @@ class SendingEndpoint(SocketLoop):
         elif room.unsent is not None:
             self._busy.append(room)
             self._blocked += 1
-        return RETRY_MS if self._blocked >= len(self._busy) > 0 else 0.0 if self._busy else None
+        return RETRY_MS if self._blocked >= len(self._busy) > 0 else 0 if self._busy else None
 
     def _put(self, room: SendRoom, frames: Callable[[], Frames]) -> None:
         def enqueue() -> None:
@@ -201,12 +201,12 @@ class SendingEndpoint(SocketLoop):
             start = block.first_page - first_page
             payload = self._pages.gather(block.first_buffer, block.num_buffers, ids[start : start + block.num_pages])
             room.num_bytes += payload.nbytes
-            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), memoryview(payload))
+            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), payload.data)
 
     def _tail(self, room: SendRoom, aux_index: int | None, info: dict[str, int | str]) -> Frames:
         if aux_index is not None:
             row = self._aux.gather(0, len(self._aux.item_lens), np.array([aux_index], np.int64))
-            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", memoryview(row))
+            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data)
         yield self._message(room, End(room.num_bytes, info))
 
     def _message(self, room: SendRoom, message: wire.Message) -> list[Buffer]:
@@ -246,7 +246,7 @@ class SendingEndpoint(SocketLoop):
         with self._lock:
             room = self._rooms.get(room_id)
             given_up = self._given_up.get(room_id)
-            if room is None and given_up is None:
+            if room is None and given_up is None and self._is_news(room_id, early):
                 _keep(self._early, room_id, early)
         reason = early.reason or (given_up.reason if given_up else "")
         if room is not None:
@@ -254,10 +254,16 @@ class SendingEndpoint(SocketLoop):
         elif reason and early.frame.kind is Kind.ASK:
             self._reply(early.identity, wire.pack_message(Stop(reason), room_id, early.frame.attempt))
 
-    def _apply(self, room: SendRoom, early: _Early) -> None:
-        if early.ask is None and early.frame.kind is Kind.STOP:
-            if early.frame.attempt in (0, room.attempt):
-                self._fail(room, early.reason)
+    def _is_news(self, room_id: int, early: _Early) -> bool:
+        """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
+        frame, before = early.frame, self._early.get(room_id)
+        return frame.kind is Kind.ASK or frame.attempt == 0 or _same_ask(before, early)
+
+    def _apply(self, room: SendRoom, early: _Early, was_early: bool = False) -> None:
+        if early.frame.kind is Kind.STOP:
+            unasked = room.state is SendState.UNASKED and (was_early or early.frame.attempt == 0)
+            if unasked or (room.identity, room.attempt) == (early.identity, early.frame.attempt):
+                self._fail(room, early.reason or "The decode server gave the request up.")
             return
         if room.state is not SendState.UNASKED or room.closed:
             logger.warning("KV transfer: dropped a second ask for room %d", room.room)
@@ -302,6 +308,10 @@ class SendingEndpoint(SocketLoop):
 
     def _expiry(self) -> float:
         return time.monotonic() + self._early_ask_seconds
+
+
+def _same_ask(before: _Early | None, early: _Early) -> bool:
+    return before is not None and (before.identity, before.frame.attempt) == (early.identity, early.frame.attempt)
 
 
 def _keep(table: dict[int, _Early], room: int, early: _Early) -> None:

@@ -126,7 +126,9 @@ Message: TypeAlias = Ask | Announce | End | Stop
 M = TypeVar("M", Ask, Announce, End, Stop)
 
 _KIND_OF: dict[type, Kind] = {Ask: Kind.ASK, Announce: Kind.ANNOUNCE, End: Kind.END, Stop: Kind.STOP}
-_DECODERS = {kind: msgspec.msgpack.Decoder(message) for message, kind in _KIND_OF.items()}
+_DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
+    kind: msgspec.msgpack.Decoder(message) for message, kind in _KIND_OF.items()
+}
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -176,9 +178,10 @@ def parse_message(frame: Frame, message: type[M]) -> M:
 
 
 def check_info(info: Mapping[str, int | str]) -> dict[str, int | str]:
-    """Raises ValueError when `info` does not fit into an END."""
+    """`info` as END carries it, flags as 0 or 1. Raises ValueError when it does not fit."""
+    plain = {key: int(value) if isinstance(value, bool) else value for key, value in info.items()}
     try:
-        return msgspec.convert(dict(info), Info)
+        return msgspec.convert(plain, Info)
     except msgspec.ValidationError as error:
         raise ValueError(
             f"Prefill info must be at most {MAX_INFO_ENTRIES} short strings or integers: {error}"
