@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sglang_apb import __version__
-from sglang_apb.commands import CommandError
+from sglang_apb.commands import CommandError, launch
 
 COMMANDS = {
     "model": "sglang_apb.commands.model",
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status: 0, 1 for a CommandError, 2 for a bad command line."""
-    args = build_parser().parse_args(arguments)
+    args = build_parser().parse_args(_with_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return args.run(args)
     except CommandError as error:
@@ -42,6 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _with_values_joined(arguments: Sequence[str]) -> list[str]:
+    """`--prefill-args --flag` as `--prefill-args=--flag`: argparse would take the value for an option of ours."""
+    joined: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*joined, argument, *rest]
+        value = next(rest, None) if argument in launch.VERBATIM_OPTIONS else None
+        joined.append(argument if value is None else f"{argument}={value}")
+    return joined
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs a function on several real processes, joined by gloo; a failing rank fails the caller."""
+"""Runs a function on several real processes, joined by gloo or NCCL; a failing rank fails the caller."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """function(group, *args) on every rank; their results by rank.
+def run_ranks(
+    num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120, device: str = "cpu"
+) -> list[Any]:
+    """function(group, *args) on every rank; their results by rank. With `device` "cuda" each has a GPU of its own.
 
     Raises AssertionError with the rank's traceback when a rank fails, dies or does not end in time.
     """
@@ -22,7 +24,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_
         port = probe.getsockname()[1]
     results = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(rank, num_ranks, port, results, function, args), daemon=True)
+        context.Process(target=_rank, args=(rank, num_ranks, port, device, results, function, args), daemon=True)
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -52,13 +54,22 @@ def _take(results: Any, processes: list[Any], timeout_s: float) -> tuple[int, tu
 
 
 def _rank(
-    rank: int, num_ranks: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    port: int,
+    device: str,
+    results: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
         value = function(dist.group.WORLD, *args)
         dist.barrier()
         results.put((rank, None, value))

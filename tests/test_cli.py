@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from sglang_apb.patches._patch import Patch
 from sglang_apb import cli
 from sglang_apb.commands import CommandError, demo, model, needles
 from sglang_apb.commands.report import prefill_report
+from sglang_apb.config import ApbConfig
 
 REPORT = {"method": "apb", "num_ranks": 2, "num_blocks": 16, "attention_share": 0.31, "kv_bytes": 1234567}
 
@@ -168,6 +169,12 @@ def test_an_answer_without_a_report_is_told_apart() -> None:
 # doctor and the rest
 
 
+def test_the_readme_lists_every_key_of_the_configuration() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    keys = re.findall(r"^\| `(\w+)` \|", readme, flags=re.MULTILINE)
+    assert sorted(keys) == sorted(field.name for field in dataclasses.fields(ApbConfig))
+
+
 def test_doctor_finds_nothing_wrong_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr().out
@@ -197,15 +204,6 @@ def test_a_bad_command_line_is_refused(arguments: list[str], capsys: pytest.Capt
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2 and "usage: sglang-apb" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct, as `sglang-apb model` makes it."""
-    path = Path(os.environ.get("SGLANG_APB_MODEL", ".demo/model"))
-    if not (path / "config.json").exists():
-        pytest.skip(f"no model in {path}: `make test` makes one, or set SGLANG_APB_MODEL")
-    return path
 
 
 @pytest.fixture

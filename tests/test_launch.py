@@ -16,7 +16,8 @@ import psutil
 import pytest
 import requests
 
-from sglang_apb.commands import CommandError
+from sglang_apb import cli
+from sglang_apb.commands import CommandError, launch
 from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import (
     LocalCluster,
@@ -99,12 +100,18 @@ def launched(tmp_path: Path, temporary: Path, port: int) -> Iterator[subprocess.
     """`sglang-apb launch` with a stubborn fake server, once it has printed READY."""
     command = [sys.executable, "-c", DRIVER, str(port), str(tmp_path), STUBBORN_SERVER, FAKE_ROUTER]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=_default_signals) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == f"READY http://127.0.0.1:{port}\n"
         _wait_for(lambda: len(_shared_memory(process.pid)) == 2)
         yield process
         process.kill()
+
+
+def _default_signals() -> None:
+    """A shell starts background jobs with SIGINT ignored, nohup with SIGHUP; children inherit that."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _listening(port: int) -> socket.socket:
@@ -166,6 +173,23 @@ def test_a_dying_server_ends_all_and_its_log_is_shown(
     assert "the router ended with status 137" in errors and str(tmp_path / "router.log") in errors
     assert not _alive(processes)
     assert list(temporary.iterdir()) == []
+
+
+def test_stop_does_not_wait_for_a_forked_process_that_holds_the_pipe(tmp_path: Path) -> None:
+    group = ProcessGroup("server", SLEEPER, tmp_path / "server.log")
+    group.start()
+    _wait_for(lambda: group.log_tail() == "up")
+    forked = os.fork()
+    if forked == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        started = time.monotonic()
+        group.stop()
+        assert time.monotonic() - started < 10 and group.exit_status is not None
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
 
 
 def test_a_server_that_fails_at_start_is_named_with_its_last_words(tmp_path: Path, port: int) -> None:
@@ -256,6 +280,29 @@ def test_arguments_reach_the_right_server(tmp_path: Path) -> None:
     assert prefill.endswith("--dtype float32 --prefill-only") and decode.endswith("--dtype float32 --decode-only")
     assert "--prefill http://127.0.0.1:31991 31993 --decode http://127.0.0.1:31992" in router
     assert "--port 31990" in router and cluster.url == "http://127.0.0.1:31990"
+
+
+def test_the_command_line_reaches_both_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clusters: list[LocalCluster] = []
+    monkeypatch.setattr(launch, "serve", lambda cluster, timeout: clusters.append(cluster) or 0)
+    options = ["--model", "m", "--port", "31990", "--log-dir", str(tmp_path), "--sp-size", "3"]
+    one_side = ["--prefill-args", "--one", "--decode-args", "--two 'a b'"]
+    assert cli.main(["launch", *options, *one_side, "--", "--prefill-args", "both"]) == 0
+    prefill, decode, _ = (group.command for group in clusters[0].groups)
+    assert prefill[-3:] == ("--prefill-args", "both", "--one")
+    assert decode[-4:] == ("--prefill-args", "both", "--two", "a b")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sp-size", "0"], "--sp-size must be at least 1, not 0"),
+        (["--sp-size", "2", "--prefill-backend", "none"], "--sp-size 2 needs --prefill-backend apb"),
+    ],
+)
+def test_launch_refuses_bad_rank_counts(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["launch", "--model", "m", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_stock_prefill_gets_no_option_of_ours(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from sglang_apb.commands import CommandError, model
 from sglang_apb.commands.report import prefill_report
-from sglang_apb.commands.servers import LocalCluster, num_gpus
+from sglang_apb.commands.servers import LocalCluster, default_sp_size, num_gpus
 
 HELP = "start a cluster, ask about a document of 7,000 tokens, show what ran, stop"
 DOCUMENT = Path(__file__).with_name("constitution.txt")
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     model_name = args.model or _smollm2(args.directory / "model")
     log_dir = args.directory / "logs"
-    sp_size = 1 if num_gpus() == 1 else 2
+    sp_size = default_sp_size()
     where = f"{num_gpus()} GPU(s)" if num_gpus() else "the CPU"
     _say(f"starting prefill on {sp_size} rank(s), decode and router on {where}; logs in {log_dir.absolute()}")
     with LocalCluster(model_name, port=args.port, log_dir=log_dir, sp_size=sp_size, report=_say) as cluster:

@@ -12,22 +12,23 @@ from pathlib import Path
 from types import FrameType
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService
+from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService, default_sp_size
 
 HELP = "start a prefill/decode cluster on this machine"
 STOCK = "none"
+VERBATIM_OPTIONS = ("--prefill-args", "--decode-args")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder, or name on the Hugging Face hub")
-    parser.add_argument("--sp-size", type=int, default=None, help="prefill ranks; 2 if left out, 1 for 'none'")
+    parser.add_argument("--sp-size", type=int, default=None, help="prefill ranks; 2 if left out, 1 with one GPU")
     parser.add_argument("--prefill-backend", default="apb", help=f"apb; {STOCK!r} is SGLang's own prefill")
     parser.add_argument("--transfer-backend", default="zmq", help="how KV travels: zmq, mooncake, nixl")
     parser.add_argument("--port", type=int, default=30000, help="the router's; the next 6 are used too")
     parser.add_argument("--log-dir", type=Path, default=None, help="logs/pd-DATE-TIME if left out")
     parser.add_argument("--startup-timeout", type=float, default=STARTUP_TIMEOUT_S, metavar="SECONDS")
-    parser.add_argument("--prefill-args", default="", metavar="'ARGS'", help="for the prefill server only")
-    parser.add_argument("--decode-args", default="", metavar="'ARGS'", help="for the decode server only")
+    for option, server in zip(VERBATIM_OPTIONS, ("prefill", "decode"), strict=True):
+        parser.add_argument(option, default="", metavar="'ARGS'", help=f"for the {server} server only, in quotes")
     parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for both servers, after --")
 
 
@@ -41,7 +42,8 @@ def serve(service: LocalService, timeout: float) -> int:
     `timeout` in seconds, for the start. Returns the exit status. Raises ServiceError when a server ends.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _exit)
     with service:
         service.wait_ready(timeout)
         print(f"READY {service.url}", flush=True)
@@ -51,7 +53,7 @@ def serve(service: LocalService, timeout: float) -> int:
 
 def _cluster(args: argparse.Namespace) -> LocalCluster:
     stock = args.prefill_backend == STOCK
-    sp_size = args.sp_size if args.sp_size is not None else 1 if stock else 2
+    sp_size = args.sp_size if args.sp_size is not None else 1 if stock else default_sp_size()
     if stock and sp_size != 1:
         raise CommandError(f"--sp-size {sp_size} needs --prefill-backend apb: SGLang's own prefill has one rank here")
     if sp_size < 1:

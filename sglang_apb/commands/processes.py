@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -66,6 +67,8 @@ class ProcessGroup:
         """Begins what `stop` waits for."""
         if self._guard and self._guard.stdin:
             self._guard.stdin.close()
+            # A process forked from this one may hold the pipe too.
+            self._guard.terminate()
 
     def stop(self) -> None:
         """Returns when every descendant is gone. Stopping twice, or before `start`, is a no-op."""
@@ -82,24 +85,31 @@ class ProcessGroup:
 
 
 def run_guarded(command: Sequence[str]) -> int:
-    """Runs `command` until it ends or standard input closes. Returns its exit status as a shell would."""
+    """Runs `command` until it ends, standard input closes, or a signal comes.
+
+    Returns the command's exit status as a shell would.
+    """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    _on_signals(lambda number, _: sys.exit(128 + number))
     temporary = tempfile.mkdtemp(prefix="sglang-apb-")
     shared_memory: set[int] = set()
     child = None
     try:
         child = _start(command, temporary)
         _wait(child, shared_memory)
+    finally:
+        _on_signals(signal.SIG_IGN)
         shared_memory |= _mapped_shared_memory()
         _end_descendants(child)
-        status = child.wait()
-        return status if status >= 0 else 128 - status
-    finally:
-        _end_descendants(None)
         _remove_shared_memory(shared_memory)
         shutil.rmtree(temporary, ignore_errors=True)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _on_signals(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def _start(command: Sequence[str], temporary: str) -> subprocess.Popen[bytes]:

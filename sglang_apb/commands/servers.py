@@ -31,8 +31,6 @@ _REPORT_INTERVAL_S = 10.0
 # SGLang's health check runs a token through the model, which has to wait for a long prefill: a busy server
 # would be taken for a dead one.
 _SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-# An idle scheduler that polls would take a core from a server that computes.
-_CPU_ARGUMENTS = ("--device", "cpu", "--sleep-on-idle")
 
 Report = Callable[[str], None]
 
@@ -202,6 +200,11 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def default_sp_size() -> int:
+    """Two ranks, unless the machine has one GPU: two ranks cannot share it."""
+    return 1 if num_gpus() == 1 else 2
+
+
 def is_up(url: str) -> bool:
     """Whether a server answers its health check."""
     try:
@@ -258,8 +261,7 @@ def _cluster_ports(port: int) -> dict[str, int]:
 def _server(name: str, model: str, ports: dict[str, int], arguments: Sequence[str], log_path: Path) -> ProcessGroup:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
     command += ["--port", str(ports[name]), "--nccl-port", str(ports[f"{name}'s ranks"])]
-    command += [*(_CPU_ARGUMENTS if num_gpus() == 0 else ()), *arguments]
-    return ProcessGroup(name, command, log_path, _SERVER_ENV)
+    return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)
 
 
 def _router_command(ports: dict[str, int]) -> list[str]:

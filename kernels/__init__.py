@@ -1,1 +1,0 @@
-"""GPU kernels, each beside a plain torch reference that says the same."""
