@@ -20,8 +20,9 @@ class PatchError(RuntimeError):
 class Patch:
     """One hook on one function of SGLang.
 
-    `target` is the dotted path of the function, `parameters` its parameter names as the hook knows them (None
-    where the hook passes all of them on unread), `kind` one of "before", "after", "around", "replace" (SGLang's `HookType`), `hook` our function.
+    `target` is the dotted path of the function, `parameters` its parameter names as the hook knows them (None where
+    the hook passes all of them on unread), `kind` one of "before", "after", "around", "replace" (SGLang's `HookType`),
+    `hook` our function.
     """
 
     target: str

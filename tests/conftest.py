@@ -17,6 +17,11 @@ from sglang_apb.commands.servers import LocalCluster, LocalServer, LocalService
 _ports = itertools.count(32000, 10)
 
 
+def next_port() -> int:
+    """The first of ten ports that no other service of this test run has."""
+    return next(_ports)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, made by `sglang-apb model smollm2`; `make test` does that first."""
@@ -53,14 +58,14 @@ def running(service: LocalService) -> Iterator[str]:
 
 def server(model: Path, log_dir: Path, *arguments: str) -> LocalServer:
     """One server in float32, where outputs must be equal."""
-    return LocalServer(str(model), port=next(_ports), log_dir=log_dir, arguments=["--dtype", "float32", *arguments])
+    return LocalServer(str(model), port=next_port(), log_dir=log_dir, arguments=["--dtype", "float32", *arguments])
 
 
 def cluster(model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str) -> LocalCluster:
     """Prefill on `num_ranks` ranks, decode and router over zmq, in float32."""
     return LocalCluster(
         str(model),
-        port=next(_ports),
+        port=next_port(),
         log_dir=log_dir,
         sp_size=num_ranks,
         arguments=["--dtype", "float32"],

@@ -10,6 +10,8 @@ from sglang.srt.utils import get_num_new_pages
 class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
     """Hands out slots by whole pages. Slot tensors are int64 on the CPU; None means that the pool is full."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,
