@@ -22,6 +22,10 @@ def next_port() -> int:
     return next(_ports)
 
 
+# Four ranks of a cluster fit beside each other with KV for 12K tokens: 1 GB each.
+FLOAT32 = ("--dtype", "float32", "--max-total-tokens", "12000")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct, made by `sglang-apb model smollm2`; `make test` does that first."""
@@ -58,7 +62,7 @@ def running(service: LocalService) -> Iterator[str]:
 
 def server(model: Path, log_dir: Path, *arguments: str) -> LocalServer:
     """One server in float32, where outputs must be equal."""
-    return LocalServer(str(model), port=next_port(), log_dir=log_dir, arguments=["--dtype", "float32", *arguments])
+    return LocalServer(str(model), port=next_port(), log_dir=log_dir, arguments=[*FLOAT32, *arguments])
 
 
 def cluster(model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str) -> LocalCluster:
@@ -68,6 +72,6 @@ def cluster(model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str)
         port=next_port(),
         log_dir=log_dir,
         sp_size=num_ranks,
-        arguments=["--dtype", "float32"],
+        arguments=FLOAT32,
         prefill_arguments=prefill_arguments,
     )
