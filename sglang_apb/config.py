@@ -16,6 +16,8 @@ ANCHOR_MODES = ("shared", "recomputed")
 BALANCES = ("zigzag", "contiguous")
 ORDERS = ("one_pass", "two_pass")
 DEFAULT_NUM_BLOCKS = 16
+# A short prompt gets fewer blocks than that: what a block hands on must be little beside what it holds.
+MIN_DEFAULT_BLOCK = 512
 DEFAULT_QUESTION_TOKENS = 256
 # Lengths that follow the prompt are multiples of this, so that they suit attention kernels' tiles.
 LENGTH_STEP = 128
@@ -37,7 +39,9 @@ class ApbConfig:
     anchor: int | None = option(None, "tokens at the prompt's start that every block sees; n/64 if left out")
     passing: int | str | None = option(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
     block: int | None = option(None, "tokens of one block, instead of num_blocks")
-    num_blocks: int | None = option(None, "number of blocks, whatever the number of ranks; 16 if left out")
+    num_blocks: int | None = option(
+        None, "number of blocks, whatever the number of ranks; 16 if left out, of at least 512 tokens"
+    )
     question_tokens: int | None = option(
         None, "trailing tokens that attend to everything; the last 256, or a quarter of the prompt if less"
     )

@@ -16,7 +16,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sglang_apb.config import ALL, DEFAULT_NUM_BLOCKS, DEFAULT_QUESTION_TOKENS, LENGTH_STEP, ApbConfig
+from sglang_apb.config import (
+    ALL,
+    DEFAULT_NUM_BLOCKS,
+    DEFAULT_QUESTION_TOKENS,
+    LENGTH_STEP,
+    MIN_DEFAULT_BLOCK,
+    ApbConfig,
+)
 
 # With anchor_mode="recomputed" the question is inserted after this many tokens: a chat template's head
 # (APB, modeling_llama.py: 16 for Llama's).
@@ -246,9 +253,13 @@ def _split(context_end: int, config: ApbConfig, page_size: int) -> tuple[Span, .
         pages = -(-config.block // page_size)
         borders = [*range(0, num_pages, pages), num_pages]
     else:
-        num_blocks = min(config.num_blocks or DEFAULT_NUM_BLOCKS, num_pages)
+        num_blocks = min(config.num_blocks or _num_default_blocks(context_end), num_pages)
         borders = [i * num_pages // num_blocks for i in range(num_blocks + 1)]
     return tuple(Span(a * page_size, b * page_size) for a, b in itertools.pairwise(borders))
+
+
+def _num_default_blocks(context_end: int) -> int:
+    return max(min(DEFAULT_NUM_BLOCKS, context_end // MIN_DEFAULT_BLOCK), 1)
 
 
 def _owner(block: int, num_blocks: int, num_ranks: int, balance: str) -> int:

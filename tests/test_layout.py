@@ -11,6 +11,7 @@ from sglang_apb.layout import LayoutError, plan
 
 CONFIGS = [
     ApbConfig(),
+    ApbConfig(num_blocks=16),
     ApbConfig(num_blocks=1),
     ApbConfig(num_blocks=5, anchor=7, passing=3),
     ApbConfig(block=100, anchor=100, passing=0),
@@ -53,7 +54,9 @@ def test_lengths_follow_the_prompt() -> None:
     assert (layout.anchor, layout.passing, layout.num_blocks, len(layout.question)) == (2048, 1024, 16, 256)
     assert 0.20 < layout.attention_share < 0.22  # the work that the design's budget counts with
     short = plan(600, ApbConfig())
-    assert (short.anchor, short.passing, len(short.question)) == (128, 128, 150)
+    assert (short.anchor, short.passing, short.num_blocks, len(short.question)) == (128, 128, 1, 150)
+    assert [plan(n, ApbConfig()).num_blocks for n in (2048, 4096, 7168, 16384)] == [3, 7, 13, 16]
+    assert all(plan(n, ApbConfig()).attention_share < 0.75 for n in (2048, 4096, 7168, 16384))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])

@@ -23,7 +23,7 @@ SCALE = HEAD_DIM**-0.5
 TOLERANCE = 2e-6  # float32 rounding over some hundred keys; a single lost or doubled key moves rows by 1e-3 and more
 
 CONFIGS = {
-    "default lengths": ApbConfig(),
+    "default lengths": ApbConfig(num_blocks=16),
     "few blocks": ApbConfig(num_blocks=4, anchor=10, passing=6),
     "anchor over several blocks": ApbConfig(num_blocks=9, anchor=50, passing=5),
     "nothing passed": ApbConfig(num_blocks=5, anchor=12, passing=0),
@@ -144,7 +144,7 @@ def dense_causal(sequence: oracle.Sequence) -> torch.Tensor:
 @pytest.mark.parametrize(
     "config",
     [
-        ApbConfig(passing="all", anchor=0),
+        ApbConfig(passing="all", anchor=0, num_blocks=16),
         ApbConfig(passing="all", anchor=30, num_blocks=5),
         ApbConfig(passing="all", anchor=100, num_blocks=7),
         ApbConfig(passing=45, anchor=45, block=45),

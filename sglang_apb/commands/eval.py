@@ -23,6 +23,8 @@ from sglang_apb.commands.servers import LocalServer
 HELP = "count needles found in long prompts, against exact attention"
 _ANSWER_TOKENS = 16
 _REQUEST_TIMEOUT_S = 1800.0
+# What a result depends on; ports and folders are not among it.
+_SETTINGS = ("lengths", "num_prompts", "seed", "sp_size", "prefill_backend_config", "server_args")
 
 
 @dataclass(frozen=True)
@@ -179,12 +181,11 @@ def _write(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
         for server, length in dict.fromkeys((outcome.server, outcome.length) for outcome in outcomes)
         for found, asked in [_score(outcomes, server, length)]
     ]
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    settings.pop("run", None)
     result = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": machine(),
-        "settings": settings,
+        "model": Path(args.model).name if args.model else None,
+        "settings": {name: getattr(args, name) for name in _SETTINGS},
         "scores": scores,
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
