@@ -1,5 +1,5 @@
-"""Targets: `ModelRunner.load_model`, `adjust_config_with_unaligned_cpu_tp`. Reason: with sequence-parallel
-ranks every rank holds the whole model, while SGLang's layers would each take 1/R of it.
+"""Targets: `ModelRunner.load_model`, `get_moe_cp_size`, `adjust_config_with_unaligned_cpu_tp`. Reason: with
+sequence-parallel ranks every rank holds the whole model, while SGLang's layers would each take 1/R of it.
 
 The layers read the tensor-parallel size only while they are built, so it is overridden just then.
 """
@@ -31,7 +31,13 @@ def _keep_heads(original: Any, model_config: Any, load_config: Any, tp_size: int
     return original(model_config, load_config, 1)
 
 
+def _no_expert_ranks(original: Any) -> int:
+    """Qwen3's layers, dense as they are, divide by it. SGLang reads it off a group that takes in our ranks."""
+    return 1
+
+
 PATCHES = (
+    Patch("sglang.srt.layers.dp_attention.get_moe_cp_size", "around", (), _no_expert_ranks),
     Patch("sglang.srt.model_executor.model_runner.ModelRunner.load_model", "around", ("self",), _load_whole_model),
     Patch(
         "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
