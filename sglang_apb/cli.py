@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import FrameType
 
 from sglang_apb import __version__
 from sglang_apb.commands import CommandError, launch
@@ -34,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status: 0, 1 for a CommandError, 2 for a bad command line."""
+    _end_orderly()
     args = build_parser().parse_args(_with_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return args.run(args)
@@ -42,6 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _end_orderly() -> None:
+    """Lets `with` blocks end what they started when the process is told to end, unless nohup said otherwise."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _with_values_joined(arguments: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needles.add_argument("--num-prompts", type=int, default=10, help="prompts a length")
     needles.add_argument("--seed", type=int, default=0)
     needles.add_argument("--output", type=Path, help="JSON file for the result")
-    needles.add_argument("--port", type=int, default=30100, help="of the servers started here; the next is used too")
+    needles.add_argument("--port", type=int, default=30100, help="of the servers started here; the next 3 are used too")
     needles.add_argument("--log-dir", type=Path, help="of the servers started here; a temporary folder if left out")
     needles.add_argument("--sp-size", type=int, default=1, help="ranks of the APB server started here")
     needles.add_argument("--prefill-backend-config", help="of the APB server started here")
@@ -119,10 +119,11 @@ def _servers(args: argparse.Namespace) -> Generator[tuple[str, str]]:
     if args.prefill_backend_config:
         method += ["--prefill-backend-config", args.prefill_backend_config]
     with _log_dir(args.log_dir) as log_dir:
-        for name, arguments in (("exact", []), ("apb", method)):
+        # Ports of their own: those of a server that has just ended may still be closing.
+        for port, name, arguments in ((args.port, "exact", []), (args.port + 2, "apb", method)):
             print(f"starting the {name} server, log in {log_dir / name}")
             arguments = [*arguments, *args.server_args]
-            server = LocalServer(args.model, port=args.port, log_dir=log_dir / name, arguments=arguments)
+            server = LocalServer(args.model, port=port, log_dir=log_dir / name, arguments=arguments)
             with server:
                 server.wait_ready()
                 yield name, server.url

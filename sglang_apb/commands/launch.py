@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService, default_sp_size
@@ -37,13 +35,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(service: LocalService, timeout: float) -> int:
-    """Starts `service`, prints READY and its URL when it answers, and ends it on Ctrl-C or SIGTERM.
+    """Starts `service`, prints READY and its URL when it answers, and ends it when a signal comes.
 
     `timeout` in seconds, for the start. Returns the exit status. Raises ServiceError when a server ends.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, _exit)
     with service:
         service.wait_ready(timeout)
         print(f"READY {service.url}", flush=True)
@@ -76,10 +71,6 @@ def _cluster(args: argparse.Namespace) -> LocalCluster:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _exit(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
