@@ -1,10 +1,12 @@
-"""Target: `GroupCoordinator.__init__`. Reason: with more than one rank it opens pynccl, which needs a GPU.
+"""Targets, on the portable CPU platform only:
 
-Applied only on the portable CPU platform, where SGLang could not start otherwise.
+- `GroupCoordinator.__init__`: with more than one rank it opens pynccl, which needs a GPU.
+- `Scheduler.on_idle`: a scheduler that waits for KV polls without a pause, on a core that the prefill needs.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sglang_apb.patches._patch import Patch
@@ -31,6 +33,8 @@ _PARAMETERS = (
 _GPU_COMMUNICATORS = frozenset(
     name for name in _PARAMETERS if name.startswith("use_") and name != "use_message_queue_broadcaster"
 )
+# A wait of this long is lost in what a CPU takes for one token.
+_POLL_INTERVAL_S = 0.001
 
 
 def _without_gpu_communicators(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -39,11 +43,22 @@ def _without_gpu_communicators(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ..
     return (coordinator,), named | dict.fromkeys(_GPU_COMMUNICATORS, False)
 
 
+def _pause(result: None, scheduler: Any) -> None:
+    if not scheduler.is_fully_idle():  # when it is, SGLang has just slept until something came
+        time.sleep(_POLL_INTERVAL_S)
+
+
 PATCHES = (
     Patch(
         target="sglang.srt.distributed.parallel_state.GroupCoordinator.__init__",
         kind="before",
         parameters=_PARAMETERS,
         hook=_without_gpu_communicators,
+    ),
+    Patch(
+        target="sglang.srt.managers.scheduler.Scheduler.on_idle",
+        kind="after",
+        parameters=("self",),
+        hook=_pause,
     ),
 )

