@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": "sglang_apb.commands.launch",
     "demo": "sglang_apb.commands.demo",
     "eval": "sglang_apb.commands.eval",
+    "bench": "sglang_apb.commands.bench",
     "doctor": "sglang_apb.commands.doctor",
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.needles import NeedlePrompt, build_prompts
-from sglang_apb.commands.report import machine, prefill_report
+from sglang_apb.commands.report import prefill_report, write_result
 from sglang_apb.commands.servers import LocalServer
 
 HELP = "count needles found in long prompts, against exact attention"
@@ -182,16 +181,13 @@ def _write(args: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
         for server, length in dict.fromkeys((outcome.server, outcome.length) for outcome in outcomes)
         for found, asked in [_score(outcomes, server, length)]
     ]
-    result = {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": machine(),
-        "model": Path(args.model).name if args.model else None,
-        "settings": {name: getattr(args, name) for name in _SETTINGS},
-        "scores": scores,
-        "outcomes": [asdict(outcome) for outcome in outcomes],
-    }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(
+        args.output,
+        model=args.model,
+        settings={name: getattr(args, name) for name in _SETTINGS},
+        scores=scores,
+        outcomes=[asdict(outcome) for outcome in outcomes],
+    )
 
 
 def _lengths(text: str) -> list[int]:

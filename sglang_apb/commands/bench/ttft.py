@@ -1,0 +1,269 @@
+"""`sglang-apb bench ttft`: time to first token of plain SGLang and of APB, on the same GPUs, one after the other.
+
+Every server gets the same prompts of random token ids, and answers each with one token; the time is from request
+to answer. What follows -- goes to all servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy
+import requests
+from tqdm import tqdm
+
+from sglang_apb import layout
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench import plot as bench_plot
+from sglang_apb.commands.bench.arguments import count, counts
+from sglang_apb.commands.bench.models import SHAPES, DecoderShape, apb_flop, exact_flop, read_config, shape_folder
+from sglang_apb.commands.bench.servers import BenchServer, ServerPlan, default_backends, plan_servers
+from sglang_apb.commands.bench.table import APB, Timing, notes, rate_of, rate_table, ratio, ttft_table
+from sglang_apb.commands.report import prefill_report, write_result
+from sglang_apb.commands.servers import check_ports, num_gpus
+from sglang_apb.config import ApbConfig, ConfigError, parse
+
+HELP = "time to first token, APB against plain SGLang"
+_REQUEST_TIMEOUT_S = 1800.0
+_SAMPLING = {"max_new_tokens": 1, "ignore_eos": True, "temperature": 0}
+# What a result depends on; ports and folders are not among it.
+_SETTINGS = ("shape", "lengths", "repeats", "warm_up", "seed", "gpus", "backends", "prefill_backend_config")
+
+Advance = Callable[[], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="model folder, or name on the Hugging Face hub")
+    model.add_argument("--shape", choices=SHAPES, help="a model of this shape with dummy weights: nothing to download")
+    parser.add_argument("--lengths", type=counts, default=[8192, 32768, 131072], help="prompt tokens, comma-separated")
+    parser.add_argument("--repeats", type=count, default=5, help="timed prompts a length; their median counts")
+    parser.add_argument("--warm-up", type=int, default=1, help="prompts a length before those")
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts")
+    parser.add_argument("--gpus", type=count, help="of each server (--tp, --sp-size); all if left out, 1 on a CPU")
+    parser.add_argument(
+        "--backends",
+        type=_names,
+        help="plain SGLang's attention backends; flashinfer and, if it is "
+        "there, fa3 if left out, torch_native on a CPU",
+    )
+    parser.add_argument("--prefill-backend-config", help="of the APB server")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="for every single time, and the settings")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="for a picture; needs matplotlib")
+    parser.add_argument("--port", type=int, default=30200, help="the first server's; each takes the next two")
+    parser.add_argument("--log-dir", type=Path, help="logs/bench-DATE-TIME if left out")
+    parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for all servers")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = _complete(args)
+    with _model(args) as model:
+        model_config = read_config(model)
+        plans = _plans(args)
+        ports = [args.port + 2 * index for index in range(len(plans))]
+        check_ports({f"{plan.name} server": port for plan, port in zip(plans, ports, strict=True)})
+        work = _work(DecoderShape.of(model_config), config, args.gpus)
+        timings: list[Timing] = []
+        for plan, port in zip(plans, ports, strict=True):
+            _say(f"starting the {plan.name} server, log in {args.log_dir / plan.name}")
+            server = BenchServer(
+                model, port=port, log_dir=args.log_dir / plan.name, arguments=plan.arguments, report=_say
+            )
+            timings += time_server(server, plan.name, args, _vocab_size(model_config))
+            if args.output:  # after each server: what is measured stays when the run is interrupted
+                _write(args, plans, timings, work)
+    print(describe(timings, work, args.gpus))
+    if args.output:
+        print(f"written to {args.output}")
+    if args.plot:
+        bench_plot.write(args.plot, timings, f"{_model_name(args)}, {_place(args.gpus)}")
+        print(f"drawn in {args.plot}")
+    if all(timing.median is None for timing in timings):
+        raise CommandError(f"no server gave a figure; logs: {args.log_dir}")
+    return 0
+
+
+def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_size: int) -> list[Timing]:
+    """Starts the server, times every length, and ends it. What cannot be timed has the reason in it."""
+    timings = [Timing(name, length) for length in args.lengths]
+    num_prompts = args.warm_up + args.repeats
+    try:
+        with server:
+            server.wait_ready()
+            with tqdm(total=len(timings) * num_prompts, desc=name, unit="prompt") as progress:
+                for timing in timings:
+                    prompts = (
+                        random_prompt(args.seed, timing.length, index, vocab_size) for index in range(num_prompts)
+                    )
+                    try:
+                        time_prompts(server.url, timing, prompts, args.warm_up, progress.update)
+                    except requests.RequestException as error:
+                        server.raise_why(error)
+    except CommandError as error:  # of this server only: the others are still worth their time
+        for timing in timings:
+            if timing.reason is None and len(timing.seconds) < args.repeats:
+                timing.reason = str(error)
+    return timings
+
+
+def time_prompts(
+    url: str, timing: Timing, prompts: Iterator[list[int]], num_warm_up: int, advance: Advance = lambda: None
+) -> None:
+    """Asks one prompt after the other and notes the times; stops with the reason when one is refused.
+
+    Raises requests.RequestException when there is no answer.
+    """
+    for index, token_ids in enumerate(prompts):
+        body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING})
+        started = time.perf_counter()
+        response = requests.post(
+            f"{url}/generate", data=body, headers={"Content-Type": "application/json"}, timeout=_REQUEST_TIMEOUT_S
+        )
+        seconds = time.perf_counter() - started
+        timing.reason = _refusal(response)
+        if timing.reason is not None:
+            return
+        (timing.warm_up_seconds if index < num_warm_up else timing.seconds).append(round(seconds, 6))
+        timing.prefill = prefill_report(response.json())
+        advance()
+
+
+def random_prompt(seed: int, length: int, index: int, vocab_size: int) -> list[int]:
+    """Token ids that no other length or index has, the same at every call: a cache has nothing to find."""
+    return numpy.random.default_rng([seed, length, index]).integers(vocab_size, size=length).tolist()
+
+
+def describe(timings: Sequence[Timing], work: Callable[[Timing], int | None], gpus: int) -> str:
+    """The tables and what is to be said of them."""
+    parts = [
+        ttft_table(timings),
+        "\n".join(f"- {note}" for note in notes(timings)),
+        rate_table(timings, work, gpus, "GPU" if num_gpus() else "rank"),
+    ]
+    return "\n\n".join(["", *filter(None, parts)])
+
+
+def _complete(args: argparse.Namespace) -> ApbConfig:
+    """Fills in what depends on this machine, and refuses at once what would fail later. Raises CommandError."""
+    available = num_gpus()
+    args.gpus = args.gpus or available or 1
+    if available and args.gpus > available:
+        raise CommandError(f"--gpus {args.gpus}: this machine has {available}")
+    if args.warm_up < 0:
+        raise CommandError(f"--warm-up must be at least 0, not {args.warm_up}")
+    if args.backends is None:
+        args.backends = default_backends()
+    if args.plot:
+        bench_plot.check(args.plot)
+    args.log_dir = args.log_dir or Path("logs") / time.strftime("bench-%Y%m%d-%H%M%S")
+    try:
+        return parse(args.prefill_backend_config)
+    except ConfigError as error:
+        raise CommandError(str(error)) from error
+
+
+def _plans(args: argparse.Namespace) -> list[ServerPlan]:
+    return plan_servers(
+        args.backends,
+        gpus=args.gpus,
+        dummy_weights=args.shape is not None,
+        config_text=args.prefill_backend_config,
+        extra=args.server_args,
+    )
+
+
+@contextmanager
+def _model(args: argparse.Namespace) -> Iterator[str]:
+    if args.shape is None:
+        yield args.model
+        return
+    with shape_folder(args.shape) as folder:
+        yield folder
+
+
+def _vocab_size(model_config: dict[str, Any]) -> int:
+    """Models that also see or hear keep the language model's sizes in a part of their own."""
+    return (model_config.get("text_config") or model_config)["vocab_size"]
+
+
+def _work(shape: DecoderShape | None, config: ApbConfig, gpus: int) -> Callable[[Timing], int | None]:
+    """The function that gives a prompt's floating-point operations, None where they cannot be counted."""
+
+    def flop(timing: Timing) -> int | None:
+        if shape is None:
+            return None
+        if timing.prefill.get("method") == APB:
+            return apb_flop(shape, layout.plan(timing.length, config, num_ranks=gpus))
+        return exact_flop(shape, timing.length)
+
+    return flop
+
+
+def _refusal(response: requests.Response) -> str | None:
+    """Why the server did not prefill the prompt; None when it did."""
+    if not response.ok:
+        return f"HTTP {response.status_code}: {_message(response)}"
+    finish = response.json()["meta_info"].get("finish_reason") or {}
+    return f"aborted: {finish.get('message')}" if finish.get("type") == "abort" else None
+
+
+def _message(response: requests.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return " ".join(response.text.split())[:300]
+
+
+def _write(
+    args: argparse.Namespace,
+    plans: Sequence[ServerPlan],
+    timings: Sequence[Timing],
+    work: Callable[[Timing], int | None],
+) -> None:
+    rates = [rate_of(timing, work(timing), args.gpus) for timing in timings]
+    environment = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    write_result(
+        args.output,
+        model=_model_name(args),
+        settings={name: getattr(args, name) for name in _SETTINGS} | {"environment": environment},
+        servers={plan.name: list(plan.arguments) for plan in plans},
+        results=[
+            {
+                "length": length,
+                "median_s": {timing.server: timing.median for timing in timings if timing.length == length},
+                "best_plain_over_apb": ratio(timings, length),
+            }
+            for length in args.lengths
+        ],
+        timings=[
+            asdict(timing) | {"median_s": timing.median, "rate": rate and asdict(rate)}
+            for timing, rate in zip(timings, rates, strict=True)
+        ],
+    )
+
+
+def _model_name(args: argparse.Namespace) -> str:
+    return f"{args.shape}, dummy weights" if args.shape else Path(args.model).name
+
+
+def _place(gpus: int) -> str:
+    import torch
+
+    return f"{gpus} x {torch.cuda.get_device_name(0)}" if num_gpus() else f"{gpus} CPU rank(s)"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
