@@ -6,21 +6,54 @@ its question, so no other request may find it in the radix cache, nor it another
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sglang_apb.patches._patch import Patch
+from sglang_apb.patches.prefill_forward import backend_of
 
-from sglang_apb import config, requests
+from sglang_apb import capacity, config, requests
+from sglang_apb.backends.base import KeptTokens
 
 
 def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
-    """Marks the request once, before any queue sees it: `req.sparse_wish`, None for the exact path."""
+    """Marks the request once, before any queue sees it.
+
+    `req.sparse_wish`: None for the exact path. `req.kept_tokens`: what of its KV this rank keeps, None for all of it.
+    """
     if is_retracted or hasattr(req, "sparse_wish"):
         return
-    options = config.parse(self.server_args.prefill_options.config_text)
-    req.sparse_wish = None if req.finished() or req.to_finish else requests.wish_of(req, options)
-    if req.sparse_wish is not None:
-        req.skip_radix_cache_insert = True
+    req.sparse_wish = req.kept_tokens = None
+    if req.finished() or req.to_finish:
+        return
+    wish = requests.wish_of(req, config.parse(self.server_args.prefill_options.config_text))
+    kept = None
+    if wish is not None:
+        backend = backend_of(self.tp_worker.model_runner)
+        kept = backend.kept_tokens(backend.plan(len(req.origin_input_ids), wish))
+    if error := _find_lack_of_slots(self, req, kept):
+        req.set_finish_with_abort(error)
+        return
+    req.sparse_wish, req.kept_tokens = wish, kept
+    req.skip_radix_cache_insert = wish is not None
+
+
+def _find_lack_of_slots(scheduler: Any, req: Any, kept: KeptTokens | None) -> str:
+    """A sentence when the prompt can never have its KV slots. With one kind of prompt, SGLang's own check suffices."""
+    num_slots, page_size = scheduler.max_total_num_tokens, scheduler.page_size
+    num_tokens = len(req.origin_input_ids)
+    if scheduler.max_req_input_len <= num_slots or capacity.fits(
+        num_tokens if kept is None else kept.num_slots, num_slots, page_size
+    ):
+        return ""
+    return (
+        f"The prompt of {num_tokens} tokens does not fit in the {num_slots} KV slots of a rank: exact attention keeps "
+        f"every token on every rank; give a shorter prompt, or let it run sparse."
+        if kept is None
+        else f"The prompt of {num_tokens} tokens needs {kept.num_slots} of the {num_slots} KV slots of a rank: "
+        f"give a shorter prompt."
+    )
 
 
 def _is_sparse(req: Any) -> bool:
@@ -40,11 +73,29 @@ def _add_alone_and_whole(
         return AddReqResult.OTHER
     if not _is_sparse(req):
         return original(self, req, has_chunked_req, truncation_align_size)
-    chunk, self.rem_chunk_tokens = self.rem_chunk_tokens, None
-    try:
+    with _without_chunks(self), _charging_kept_tokens_only(self, req):
         return original(self, req, has_chunked_req, truncation_align_size)
+
+
+@contextmanager
+def _without_chunks(adder: Any) -> Iterator[None]:
+    chunk, adder.rem_chunk_tokens = adder.rem_chunk_tokens, None
+    try:
+        yield
     finally:
-        self.rem_chunk_tokens = chunk
+        adder.rem_chunk_tokens = chunk
+
+
+@contextmanager
+def _charging_kept_tokens_only(adder: Any, req: Any) -> Iterator[None]:
+    """SGLang counts the whole prompt against the pool's free space; tokens that other ranks keep take none here."""
+    num_elsewhere = 0 if req.kept_tokens is None else req.kept_tokens.num_elsewhere
+    adder.rem_total_token_offset -= num_elsewhere
+    adder.cur_rem_token_offset -= num_elsewhere
+    yield
+    if req not in adder.can_run_list:
+        adder.rem_total_token_offset += num_elsewhere
+        adder.cur_rem_token_offset += num_elsewhere
 
 
 PATCHES = (

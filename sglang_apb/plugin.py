@@ -29,12 +29,14 @@ def install(server_args: Any) -> None:
 def _wanted_patches(server_args: Any) -> list[Any]:
     from sglang_apb.patches import (
         answer_metadata,
+        kv_ownership,
         model_parallel,
         pd_decode,
         pd_prefill,
         portable_cpu,
         prefill_forward,
         request_checks,
+        row_chunks,
         scheduling,
         transfer_backend,
     )
@@ -47,13 +49,15 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if is_portable_cpu():
         wanted += portable_cpu.PATCHES
     if options.is_set:
-        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES)
+        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *row_chunks.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
     if our_transfer:
         wanted += transfer_backend.PATCHES
     if options.is_set and server_args.disaggregation_mode == "prefill":
         wanted += pd_prefill.PATCHES
+        if our_transfer and options.sp_size > 1:
+            wanted += kv_ownership.PATCHES
     if our_transfer and server_args.disaggregation_mode == "decode":
         wanted += pd_decode.PATCHES
     if options.is_set or our_transfer:

@@ -65,13 +65,15 @@ def server(model: Path, log_dir: Path, *arguments: str) -> LocalServer:
     return LocalServer(str(model), port=next_port(), log_dir=log_dir, arguments=[*FLOAT32, *arguments])
 
 
-def cluster(model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str) -> LocalCluster:
-    """Prefill on `num_ranks` ranks, decode and router over zmq, in float32."""
+def cluster(
+    model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str, arguments: tuple[str, ...] = ()
+) -> LocalCluster:
+    """Prefill on `num_ranks` ranks, decode and router over zmq, in float32. `arguments` go to both servers."""
     return LocalCluster(
         str(model),
         port=next_port(),
         log_dir=log_dir,
         sp_size=num_ranks,
-        arguments=FLOAT32,
+        arguments=[*FLOAT32, *arguments],
         prefill_arguments=prefill_arguments,
     )

@@ -1,11 +1,19 @@
-"""Through real servers: with everything passed on, APB's tokens are plain SGLang's, on any number of ranks."""
+"""Through real servers: with everything passed on, APB's tokens are plain SGLang's, on any number of ranks.
+
+The model is SmolLM2's first 6 of 30 layers; SGLANG_APB_WHOLE_MODEL=1 takes all of them (5 times as long).
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import requests
+import tiny_models
 from asking import ALL_PASSED, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
 from conftest import cluster, running, server
 
@@ -15,14 +23,21 @@ APB = ("--prefill-backend", "apb", "--prefill-backend-config", ALL_PASSED)
 
 
 @pytest.fixture(scope="module")
-def asked(smollm2: Path) -> list[list[int]]:
-    return prompts(smollm2, LENGTHS)
+def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if os.environ.get("SGLANG_APB_WHOLE_MODEL") == "1":
+        return smollm2
+    return tiny_models.cut(smollm2, 6, tmp_path_factory.mktemp("cut"))
 
 
 @pytest.fixture(scope="module")
-def plain_answers(smollm2: Path, asked: list[list[int]], log_dirs: Iterator[Path]) -> list[Answer]:
+def asked(model: Path) -> list[list[int]]:
+    return prompts(model, LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def plain_answers(model: Path, asked: list[list[int]], log_dirs: Iterator[Path]) -> list[Answer]:
     """Of a server without any option of ours."""
-    with running(server(smollm2, next(log_dirs))) as url:
+    with running(server(model, next(log_dirs))) as url:
         return [generate(url, prompt) for prompt in asked]
 
 
@@ -35,21 +50,51 @@ def check(url: str, asked: list[list[int]], plain_answers: list[Answer], num_ran
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_one_server_equals_plain_sglang(
-    num_ranks: int, smollm2: Path, asked: list[list[int]], plain_answers: list[Answer], log_dirs: Iterator[Path]
+    num_ranks: int, model: Path, asked: list[list[int]], plain_answers: list[Answer], log_dirs: Iterator[Path]
 ) -> None:
-    with running(server(smollm2, next(log_dirs), *APB, "--sp-size", str(num_ranks))) as url:
+    with running(server(model, next(log_dirs), *APB, "--sp-size", str(num_ranks))) as url:
         check(url, asked, plain_answers, num_ranks)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+# Ranks, page size, and KV slots of each rank: with several ranks fewer than the longest prompt has tokens, and too
+# few for two prompts, so that a slot that is not given back is missed at once.
+@pytest.mark.parametrize(("num_ranks", "page_size", "num_slots"), [(1, 1, 12000), (2, 1, 1900), (3, 16, 1392)])
 def test_disaggregated_over_zmq_equals_plain_sglang(
-    num_ranks: int, smollm2: Path, asked: list[list[int]], plain_answers: list[Answer], log_dirs: Iterator[Path]
+    num_ranks: int,
+    page_size: int,
+    num_slots: int,
+    model: Path,
+    asked: list[list[int]],
+    plain_answers: list[Answer],
+    log_dirs: Iterator[Path],
 ) -> None:
-    config = ("--prefill-backend-config", ALL_PASSED)
-    with running(cluster(smollm2, next(log_dirs), num_ranks, *config)) as url:
+    prefill = ("--prefill-backend-config", ALL_PASSED, "--max-total-tokens", str(num_slots))
+    service = cluster(model, next(log_dirs), num_ranks, *prefill, arguments=("--page-size", str(page_size)))
+    with running(service) as url:
         check(url, asked, plain_answers, num_ranks)
-        num_kv_bytes = len(asked[0]) * 30 * 2 * 3 * 64 * 4  # layers, K and V, KV heads, head, float32
-        assert generate(url, asked[0]).prefill["kv_bytes"] == num_kv_bytes  # type: ignore[index]
+        num_tokens = -(-len(asked[0]) // page_size) * page_size
+        num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+        report = generate(url, asked[0]).prefill
+        assert report is not None
+        assert report["kv_bytes"] == num_tokens * num_layers * 2 * 3 * 64 * 4  # K and V, KV heads, head, float32
+        if num_ranks > 1:
+            check_limits(url, model, asked[-1], num_slots)
+            assert_same_tokens(generate(url, asked[-1]), plain_answers[-1])
+
+
+def check_limits(url: str, model: Path, prompt: list[int], num_slots: int) -> None:
+    """What does not fit is refused at once, with its numbers: on exact attention, every rank keeps the whole prompt."""
+    from transformers import AutoTokenizer
+
+    too_long = requests.post(f"{url}/generate", json={"input_ids": prompt * 2}, timeout=60)
+    assert not too_long.ok
+    assert re.search(r"6000 tokens\) exceeds the maximum allowed length \(\d{4} tokens\)", too_long.text), too_long.text
+    text = AutoTokenizer.from_pretrained(model).decode(prompt)
+    wish = {"custom_params": {"prefill": {"exact": True}}}  # SGLang's router passes it on here only
+    body = {"model": "default", "prompt": text, "max_tokens": 4} | wish
+    exact = requests.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert not exact.ok
+    assert re.search(rf"\d{{4}} tokens does not fit in the {num_slots} KV slots of a rank", exact.text), exact.text
 
 
 @pytest.mark.parametrize(

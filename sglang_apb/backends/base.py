@@ -6,12 +6,42 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_apb.layout import Span, num_rows
+
 
 @dataclass(frozen=True)
 class Wish:
     """What one request wants of the method, besides the server's settings."""
 
     question_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What one rank keeps of a prompt's KV, when it keeps its own part only.
+
+    Slots of the request: [own context | spare | question]. Every rank takes as many, whatever it owns, so that the
+    ranks' schedulers see the same free space. `context` are the own tokens, `num_context` the slots before the
+    question's; the question is kept on every rank. Both begin on a page.
+    """
+
+    num_tokens: int
+    context: tuple[Span, ...]
+    num_context: int
+    question: Span
+
+    def __post_init__(self) -> None:
+        if num_rows(self.context) > self.num_context:
+            raise ValueError(f"{num_rows(self.context)} context tokens do not fit in {self.num_context} slots")
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_context + len(self.question)
+
+    @property
+    def num_elsewhere(self) -> int:
+        """How many slots fewer than tokens."""
+        return self.num_tokens - self.num_slots
 
 
 class PrefillBackend(ABC):
@@ -35,3 +65,7 @@ class PrefillBackend(ABC):
     @abstractmethod
     def owned_pages(self, plan: Any) -> list[tuple[int, int]]:
         """The request's pages whose KV this rank holds after `prefill`, as half-open ranges."""
+
+    @abstractmethod
+    def kept_tokens(self, plan: Any) -> KeptTokens | None:
+        """What this rank keeps of the prompt; None when it keeps every token."""

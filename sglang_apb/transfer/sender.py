@@ -84,6 +84,10 @@ class ZmqKVSender(CommonKVSender):
         """
         self._info = check_info(info)
 
+    def refuse(self, reason: str) -> None:
+        """Fails the request on both servers, with `reason` for the client: its prompt was not prefilled."""
+        self._fail(reason)
+
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode server has in its cache already: whole pages, which are not sent."""
         prefix_tokens = self._room.ask.prefix_tokens if self._room.ask else 0
@@ -97,7 +101,7 @@ class ZmqKVSender(CommonKVSender):
         num_kv_tokens: int | None = None,
     ) -> None:
         """Queues this rank's part of the request's next pages, `kv_indices` in the pool, which are final."""
-        if self._room.state is not SendState.ASKED or not self._check_num_pages():
+        if self._room.closed or self._room.state is not SendState.ASKED or not self._check_num_pages():
             return
         endpoint, owned = self.kv_mgr.sending, self._owned_of_sent()
         if not self._announced:

@@ -1,0 +1,79 @@
+"""Ranks that keep only what they own: slots, rows of the table, and the longest prompt that fits."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang_apb.patches import kv_ownership
+
+from sglang_apb import capacity
+from sglang_apb.backends.base import KeptTokens, Wish
+from sglang_apb.config import ApbConfig
+from sglang_apb.layout import Layout, Span, plan
+
+
+def kept_by(layout: Layout, rank: int) -> KeptTokens:
+    own = tuple(layout.rows_of(rank).block_tokens.values())
+    return KeptTokens(layout.num_tokens, own, layout.most_context_on_a_rank, layout.question)
+
+
+def backend(num_ranks: int, page_size: int, config: ApbConfig) -> Any:
+    def make_plan(num_tokens: int, wish: Wish) -> Layout:
+        return plan(num_tokens, config, num_ranks=num_ranks, page_size=page_size)
+
+    return SimpleNamespace(plan=make_plan, kept_tokens=lambda layout: kept_by(layout, 0))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 5])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_size: int) -> None:
+    layout = plan(5003, ApbConfig(num_blocks=16), num_ranks=num_ranks, page_size=page_size)
+    every = [kept_by(layout, rank) for rank in range(num_ranks)]
+    assert len({kept.num_slots for kept in every}) == 1
+    context = sorted(token for kept in every for span in kept.context for token in range(span.start, span.end))
+    assert context == list(range(layout.context_end))
+    for kept in every:
+        slots = torch.arange(100, 100 + kept.num_slots)
+        row = kv_ownership._row(kept, slots)
+        own = torch.cat([row[span.start : span.end] for span in (*kept.context, kept.question)])
+        assert torch.equal(own, own.unique()) and own.min() >= 100  # real slots, in order, each once
+        assert int((row == 0).sum()) == kept.num_tokens - len(own)
+        assert kept.num_elsewhere == kept.num_tokens - kept.num_slots > 0
+
+
+def test_more_own_tokens_than_slots_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="5 context tokens do not fit in 4 slots"):
+        KeptTokens(9, (Span(0, 5),), 4, Span(8, 9))
+
+
+@pytest.mark.parametrize(("num_ranks", "page_size"), [(2, 1), (2, 64), (3, 1), (8, 16)])
+def test_r_ranks_hold_r_times_the_prompt(num_ranks: int, page_size: int) -> None:
+    num_slots = 50_000
+    server = backend(num_ranks, page_size, ApbConfig(num_blocks=2 * num_ranks))
+    largest = capacity.largest_prompt(server, num_slots, page_size)
+    assert 0.98 * num_ranks * num_slots < largest < num_ranks * num_slots
+    kept = [kept_by(server.plan(largest + more, Wish()), 0).num_slots for more in (0, 1)]
+    assert [capacity.fits(slots, num_slots, page_size) for slots in kept] == [True, False]
+
+
+def test_slots_are_given_back_with_the_spare_ones() -> None:
+    """SGLang frees the question, which stands in the table; the context, spare slots included, is freed before."""
+    layout = plan(1000, ApbConfig(num_blocks=3), num_ranks=2)
+    kept = kept_by(layout, 1)
+    freed: list[torch.Tensor] = []
+    allocator = SimpleNamespace(free_segment=lambda slots, start_pos: freed.append(slots))
+    req = SimpleNamespace(kept_tokens=kept, kept_slots=torch.arange(7, 7 + kept.num_slots), req_pool_idx=3)
+    row = kv_ownership._row(kept, req.kept_slots)
+
+    def as_sglang(req: Any, tree_cache: Any, is_insert: bool) -> None:
+        freed.append(row[req.cache_protected_len :])
+
+    release = next(patch.hook for patch in kv_ownership.PATCHES if patch.target.endswith("release_kv_cache"))
+    for _ in range(2):  # a second release has nothing left to give
+        release(as_sglang, req, SimpleNamespace(token_to_kv_pool_allocator=allocator))
+        req.req_pool_idx = None
+        row = row[:0]
+    assert torch.equal(torch.cat(freed).sort().values, torch.arange(7, 7 + kept.num_slots))
