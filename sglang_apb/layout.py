@@ -183,6 +183,11 @@ class Layout:
         """Work of attention as a share of exact causal attention's."""
         return self.attention_pairs / _triangle(self.num_tokens)
 
+    @cached_property
+    def most_context_on_a_rank(self) -> int:
+        """Context tokens of the rank that owns most of them."""
+        return max(num_rows(self.rows_of(rank).block_tokens.values()) for rank in range(self.num_ranks))
+
     def owned_pages(self, rank: int, page_size: int) -> list[tuple[int, int]]:
         """Half-open ranges of the request's pages that `rank` holds; the question's are rank 0's.
 
@@ -218,6 +223,8 @@ def plan(
     if recomputed:  # the copy stands in front of every block but the first, which must hold the original
         anchor = min(anchor, len(blocks[0]))
     passing = context_end if config.passing == ALL else _follow(config.passing, num_tokens, 128)
+    if config.max_passing is not None:
+        passing = min(passing, config.max_passing // len(blocks))
     return Layout(
         num_tokens=num_tokens,
         context_end=context_end,

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_apb import backends, config
+from sglang_apb import attention, backends, config
 
 # ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
@@ -76,7 +76,8 @@ def add_to_parser(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefill-backend-config",
         default=None,
-        help="JSON object or file with the method's lengths. " + config.describe().replace("%", "%%"),
+        help=f"JSON object, file, or preset ({', '.join(config.PRESETS)}) with the method's lengths. "
+        + config.describe().replace("%", "%%"),
     )
 
 
@@ -97,6 +98,7 @@ def check_server_args(server_args: Any, options: PrefillOptions) -> None:
             "leave it out there"
         )
     _check_model(server_args)
+    _check_engine(server_args, options)
     _check_gpus(server_args, options)
 
 
@@ -107,6 +109,14 @@ def _check_model(server_args: Any) -> None:
             f"--prefill-backend does not support {architectures[0]} ({server_args.model_path}); "
             f"supported: {', '.join(MODEL_FAMILIES)}"
         )
+
+
+def _check_engine(server_args: Any, options: PrefillOptions) -> None:
+    engine = config.parse(options.config_text).engine
+    try:
+        attention.check(engine, server_args.device, server_args.get_model_config().dtype)
+    except attention.EngineError as error:
+        raise OptionError(f"--prefill-backend-config: {error}") from None
 
 
 def _check_gpus(server_args: Any, options: PrefillOptions) -> None:

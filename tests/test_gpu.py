@@ -7,8 +7,9 @@ import torch
 from ranks import run_ranks
 from test_sparse_attention import CONFIGS, TOLERANCE, errors_on_rank
 
-from sglang_apb.attention.base import Segment
-from sglang_apb.attention.sdpa import SdpaEngine
+from sglang_apb import attention
+from sglang_apb.attention.base import Piece
+from sglang_apb.layout import Span
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,25 +23,59 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("dtype", PRECISION, ids=str)
-@pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(9, 3), (32, 8), (4, 4)])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", [64, 128])
+# Pieces of a call, and how many rows of q and k it has: the three kinds of calls that a prompt makes.
+CALLS = {
+    "blocks that follow each other": [
+        Piece(n, Span(s, s + n), causal=True) for s, n in ((7, 130), (137, 301), (438, 1))
+    ],
+    "all keys": [Piece(300, Span(0, 517))],
+    "prefixes of the same keys": [Piece(200, Span(0, 64)), Piece(131, Span(0, 100)), Piece(70, Span(0, 512))],
+}
+
+
+def wanted_of(
+    pieces: list[Piece], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its natural LSE in float64, piece by piece."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
+    outs, lses, start = [], [], 0
+    for piece in pieces:
+        span = slice(piece.keys.start, piece.keys.end)
+        logits = scale * torch.einsum("qhd,khd->hqk", q[start : start + piece.num_queries].double(), keys[span])
+        if piece.causal:
+            logits.masked_fill_(torch.ones_like(logits, dtype=torch.bool).triu(1), -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values[span]))
+        lses.append(logits.logsumexp(-1).T)
+        start += piece.num_queries
+    return torch.cat(outs), torch.cat(lses)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("torch", dtype) for dtype in PRECISION] + [("flashinfer", torch.float16), ("flashinfer", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("num_q_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (4, 4, 128)])
 def test_engine_gives_attention_and_its_lse(
-    dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, causal: bool, head_dim: int
+    engine: str, dtype: torch.dtype, call: str, num_q_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
-    num_queries, num_keys = (301, 301) if causal else (300, 517)
-    q = torch.randn(num_queries, num_q_heads, head_dim, device="cuda", dtype=dtype)
-    k, v = (torch.randn(num_keys, num_kv_heads, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-    scale = head_dim**-0.5
-    (found,) = SdpaEngine().attend([Segment(q, k, v, causal)], scale)
-    keys, values = (x.double().repeat_interleave(num_q_heads // num_kv_heads, dim=1) for x in (k, v))
-    logits = scale * torch.einsum("qhd,khd->hqk", q.double(), keys)
-    if causal:
-        logits.masked_fill_(torch.ones(num_queries, num_keys, dtype=torch.bool, device="cuda").triu(1), -torch.inf)
-    wanted = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values)
-    assert relative_error(found.out, wanted) < PRECISION[dtype]
-    assert relative_error(found.lse, logits.logsumexp(-1).T) < PRECISION[dtype]
+    """q, k and v are views into one projection's rows; the second plan finds the first one's wrapper in use."""
+    pieces, created = CALLS[call], attention.create(engine)
+    num_queries = sum(piece.num_queries for piece in pieces)
+    num_rows = max(num_queries, *(piece.keys.end for piece in pieces)) + 127 & -128
+    for _ in range(2):
+        width = num_q_heads + 2 * num_kv_heads
+        rows = torch.randn(num_rows, width, head_dim, device="cuda", dtype=dtype)
+        q, k, v = rows.split((num_q_heads, num_kv_heads, num_kv_heads), dim=1)
+        q = q[:num_queries]
+        (attend,) = created.plan([pieces])
+        for _ in range(2):  # layers
+            found = attend(q, k, v, head_dim**-0.5)
+        out, lse = wanted_of(pieces, q, k, v, head_dim**-0.5)
+        assert relative_error(found.out, out) < PRECISION[dtype]
+        assert relative_error(found.lse, lse) < PRECISION[dtype], "FlashInfer's is of base 2"
 
 
 def test_one_rank_equals_the_oracle() -> None:

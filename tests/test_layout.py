@@ -53,6 +53,9 @@ def test_lengths_follow_the_prompt() -> None:
     layout = plan(131072, ApbConfig())
     assert (layout.anchor, layout.passing, layout.num_blocks, len(layout.question)) == (2048, 1024, 16, 256)
     assert 0.20 < layout.attention_share < 0.22  # the work that the design's budget counts with
+    longest = plan(524288, parse("long"))
+    assert (longest.anchor, longest.passing) == (8192, 1024)  # 16K tokens handed on in all
+    assert plan(131072, parse("long")) == layout
     short = plan(600, ApbConfig())
     assert (short.anchor, short.passing, short.num_blocks, len(short.question)) == (128, 128, 1, 150)
     assert [plan(n, ApbConfig()).num_blocks for n in (2048, 4096, 7168, 16384)] == [3, 7, 13, 16]
@@ -89,7 +92,8 @@ def test_question_that_leaves_no_context_is_refused_with_the_numbers() -> None:
     ("text", "message"),
     [
         ("{bad", "not valid JSON"),
-        ("[1]", "neither a JSON object nor a readable file"),
+        ('{"passing": "all", "max_passing": 5}', 'passing="all" hands everything on, max_passing=5 not'),
+        ("[1]", "neither a JSON object, nor a preset"),
         ('{"anchors": 3}', "unknown option 'anchors'.*known: anchor, passing"),
         ('{"anchor": -1}', "anchor must be a whole number of at least 0, not -1"),
         ('{"anchor": true}', "anchor must be a whole number"),
@@ -99,7 +103,7 @@ def test_question_that_leaves_no_context_is_refused_with_the_numbers() -> None:
         ('{"selector": "best"}', "selector must be one of query"),
         ('{"balance": "even"}', "balance must be one of zigzag, contiguous"),
         ('{"order": "two_pass"}', 'add anchor_mode="recomputed"'),
-        ("/no/such/file", "neither a JSON object nor a readable file"),
+        ("/no/such/file", r"neither a JSON object, nor a preset \(long\), nor a readable file"),
     ],
 )
 def test_bad_configuration_is_one_clear_sentence(text: str, message: str) -> None:

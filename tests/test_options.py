@@ -78,6 +78,13 @@ def test_help_shows_our_options() -> None:
         assert word in text
 
 
+def test_sglang_serve_knows_our_options(model: str) -> None:
+    command = [sys.executable, "-m", "sglang.cli.main", "serve", "--model-path", model, "--prefill-backend", "apb"]
+    ended = subprocess.run([*command, "--sp-size", "0"], capture_output=True, text=True, timeout=300)
+    assert ended.returncode != 0
+    assert "--sp-size must be at least 1, not 0" in ended.stderr
+
+
 APB = ("--prefill-backend", "apb")
 
 
@@ -88,6 +95,8 @@ REFUSED = {
     (*APB, "--sp-size", "2", "--tp-size", "4"): "--sp-size 2 does not go with --tp-size 4",
     (*APB, "--prefill-backend-config", "{bad"): "not valid JSON",
     (*APB, "--prefill-backend-config", '{"anchors": 1}'): "unknown option 'anchors'",
+    (*APB, "--prefill-backend-config", '{"engine": "fa4"}'): "engine must be one of torch, flashinfer, not 'fa4'",
+    (*APB, "--prefill-backend-config", '{"engine": "flashinfer"}', "--dtype", "float32"): "not float32 on",
     (*APB, "--enable-mixed-chunk"): "--enable-mixed-chunk (True) does not go with --prefill-backend apb",
     (*APB, "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"): "--enable-lora (True)",
     (*APB, "--enable-hierarchical-cache"): "--enable-hierarchical-cache (True) does not go with",

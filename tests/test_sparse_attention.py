@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +10,20 @@ import oracle
 import pytest
 import torch
 from ranks import run_ranks
+from sglang_apb.kernels import REFERENCE, TRITON, Kernels
+from sglang_apb.kernels.candidates import Candidates
 
 from sglang_apb import selection
-from sglang_apb.attention.base import Partial, Segment, merge
+from sglang_apb.attention.base import Piece
 from sglang_apb.attention.sdpa import SdpaEngine
+from sglang_apb.backends import sparse_attention
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
-from sglang_apb.layout import Layout, plan
+from sglang_apb.layout import Layout, Span, plan
 from sglang_apb.rank_group import RankGroup
 
+# tests/test_kernels.py runs this file in Triton's interpreter, too, where our kernels compute what goes with attention.
+KERNELS = TRITON if os.environ.get("TRITON_INTERPRET") == "1" else REFERENCE
 NUM_TOKENS, QUESTION, HEAD_DIM = 203, 23, 16
 SCALE = HEAD_DIM**-0.5
 TOLERANCE = 2e-6  # float32 rounding over some hundred keys; a single lost or doubled key moves rows by 1e-3 and more
@@ -74,10 +80,15 @@ def local_rows(layout: Layout, rank: int) -> torch.Tensor:
 
 
 def attend_on_rank(
-    group: Any, sequence: oracle.Sequence, layout: Layout, config: ApbConfig, device: str = "cpu"
+    group: Any,
+    sequence: oracle.Sequence,
+    layout: Layout,
+    config: ApbConfig,
+    device: str = "cpu",
+    kernels: Kernels = KERNELS,
 ) -> torch.Tensor:
     ranks = RankGroup(group)
-    attention = SparseAttention(layout, ranks, SdpaEngine(), selection.create("query"))
+    attention = SparseAttention(layout, ranks, SdpaEngine(kernels), selection.create("query"))
     index = local_rows(layout, ranks.rank)
     q, k, v = (rows[index].to(device) for rows in (sequence.q, sequence.k, sequence.v))
     if config.order == "one_pass":
@@ -100,6 +111,13 @@ def error_on_one_rank(config: ApbConfig, **heads: int) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_rank_equals_the_oracle(name: str) -> None:
     assert error_on_one_rank(CONFIGS[name]) < TOLERANCE
+
+
+def test_blocks_in_several_groups_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a long prompt's blocks hand on is attended a part of the rows at a time."""
+    monkeypatch.setattr(sparse_attention, "MAX_ROWS_AT_ONCE", 60)
+    for name in ("default lengths", "anchor over several blocks", "recomputed"):
+        assert error_on_one_rank(CONFIGS[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(1, 1), (8, 8), (9, 3), (8, 1)])
@@ -180,37 +198,42 @@ def test_every_question_row_sees_the_whole_context() -> None:
     assert float((found - dense_causal(sequence)[-QUESTION:]).abs().max()) < TOLERANCE
 
 
-def test_order_of_passing_tokens_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_passing_tokens_changes_nothing() -> None:
     config = CONFIGS["few blocks"]
     layout = layout_of(config)
     sequence = random_sequence(layout)
     before = attend_on_rank(None, sequence, layout, config)
-    selector = type(selection.create("query"))
-    select = selector.select
-    monkeypatch.setattr(selector, "select", lambda *args: select(*args).flip(0))
-    assert torch.allclose(attend_on_rank(None, sequence, layout, config), before, atol=TOLERANCE)
+
+    def backwards(scores: torch.Tensor, candidates: Candidates) -> torch.Tensor:
+        return torch.cat([part.flip(0) for part in KERNELS.select(scores, candidates).split(candidates.num_passing)])
+
+    after = attend_on_rank(None, sequence, layout, config, kernels=replace(KERNELS, select=backwards))
+    assert torch.allclose(after, before, atol=TOLERANCE)
 
 
 def test_a_partial_without_keys_changes_nothing() -> None:
     q, k, v = (torch.randn(5, 2, 8) for _ in range(3))
-    engine = SdpaEngine()
-    some, none = engine.attend([Segment(q, k, v), Segment(q, k[:0], v[:0])], 1.0)
-    assert torch.equal(merge([some, none]).out, some.out)
-    assert torch.equal(merge([none, some, none]).lse, some.lse)
-    empty = merge([none, none])
-    assert torch.all(empty.out == 0) and torch.all(empty.lse == -torch.inf)
+    some, none = (
+        attend(q, k, v, 1.0)
+        for attend in SdpaEngine().plan([[Piece(5, Span(0, 5), causal=True)], [Piece(5, Span(0, 0))]])
+    )
+    out, lse = torch.empty_like(some.out), torch.empty_like(some.lse)
+    KERNELS.merge((none.out, some.out, none.out), (none.lse, some.lse, none.lse), out, lse)
+    assert torch.allclose(out, some.out, atol=TOLERANCE) and torch.allclose(lse, some.lse, atol=TOLERANCE)
+    KERNELS.merge((none.out, none.out), (none.lse, none.lse), out, lse)
+    assert torch.all(out == 0) and torch.all(lse == -torch.inf)
 
 
 def test_merge_survives_scores_that_overflow_an_exponential() -> None:
-    big = Partial(torch.ones(1, 1, 4), torch.tensor([[500.0]]))
-    small = Partial(torch.zeros(1, 1, 4), torch.tensor([[-500.0]]))
-    assert torch.equal(merge([small, big]).out, big.out)
+    big, small = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    out = torch.empty_like(big)
+    KERNELS.merge((small, big), (torch.tensor([[-500.0]]), torch.tensor([[500.0]])), out)
+    assert torch.equal(out, big)
 
 
-def test_a_causal_segment_must_be_square() -> None:
-    q, k = torch.randn(5, 2, 8), torch.randn(7, 2, 8)
+def test_a_causal_piece_must_be_square() -> None:
     with pytest.raises(ValueError, match="as many queries as keys, not 5 and 7"):
-        Segment(q, k, k, causal=True)
+        Piece(5, Span(3, 10), causal=True)
 
 
 class TestGuards:
@@ -239,11 +262,8 @@ class TestGuards:
         """What flash-attn does with causal=True and fewer queries than keys: rows lose the block's tail."""
         start_question = SparseAttention._start_question
 
-        def hide_tail(self: SparseAttention, layer: LayerRows, over_context: Segment) -> Any:
-            num_rows = over_context.q.shape[0]
-            return start_question(
-                self, layer, replace(over_context, k=over_context.k[: 1 - num_rows], v=over_context.v[: 1 - num_rows])
-            )
+        def hide_tail(self: SparseAttention, layer: LayerRows, k: torch.Tensor, v: torch.Tensor) -> Any:
+            return start_question(self, layer, k[: 1 - QUESTION], v[: 1 - QUESTION])
 
         monkeypatch.setattr(SparseAttention, "_start_question", hide_tail)
         assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
+from sglang_apb.kernels import Kernels
+from sglang_apb.layout import Span
+
 
 @dataclass(frozen=True)
-class Segment:
-    """Queries and the keys that they attend to. All three on one device, in one dtype.
+class Piece:
+    """The next `num_queries` rows of q attend to rows `keys` of k and v.
 
-    `causal`: query i sees keys 0..i, and there are as many queries as keys; otherwise it sees all keys.
+    `causal`: query i sees the first i + 1 of them, and there are as many as queries; otherwise each sees them all.
     """
 
-    q: torch.Tensor  # [num_queries, num_q_heads, head_dim]
-    k: torch.Tensor  # [num_keys, num_kv_heads, head_dim]; query head h uses KV head h // (num_q_heads / num_kv_heads)
-    v: torch.Tensor  # [num_keys, num_kv_heads, head_dim]
+    num_queries: int
+    keys: Span
     causal: bool = False
 
     def __post_init__(self) -> None:
-        if self.causal and self.q.shape[0] != self.k.shape[0]:
+        if self.causal and self.num_queries != len(self.keys):
             raise ValueError(
-                f"a causal segment needs as many queries as keys, not {self.q.shape[0]} and {self.k.shape[0]}: "
+                f"a causal piece needs as many queries as keys, not {self.num_queries} and {len(self.keys)}: "
                 "which keys a row sees would depend on the engine's convention"
             )
 
@@ -37,27 +40,26 @@ class Partial:
     lse: torch.Tensor  # [num_queries, num_q_heads], float32, natural log; -inf where a row saw no key
 
 
+# (q [num_queries, num_q_heads, head_dim], k, v [num_keys, num_kv_heads, head_dim], scale) -> Partial of all rows of q:
+# softmax(scale * q k^T) v over each row's keys. Query head h uses KV head h // (num_q_heads / num_kv_heads).
+# All tensors are on one device and in one dtype, with any strides but a contiguous last dimension.
+Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Partial]
+
+
 class AttentionEngine(ABC):
-    """Attends many segments at a time, which lets an engine put them into one kernel call."""
+    """Plans a prompt's attention once; every layer then runs the plans.
+
+    `kernels` are what goes with the engine beside attention: scores, selection, packing, merging.
+    `key_multiple`: how many rows the k and v of a plan whose pieces share keys must be a multiple of.
+    """
+
+    kernels: Kernels
+    key_multiple: int = 1
 
     @abstractmethod
-    def attend(self, segments: Sequence[Segment], scale: float) -> list[Partial]:
-        """One Partial a segment: softmax(scale * q k^T) v over the segment's keys, and its log-sum-exp."""
+    def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
+        """One Attention for each call's pieces, for one prompt: the plans of the prompt before end here.
 
-
-def merge(partials: Sequence[Partial]) -> Partial:
-    """Attention over the union of the partials' keys, which must not overlap. `out` keeps its dtype.
-
-    softmax over a union is the average of the parts' outputs with weights exp(lse); the maximum is taken out
-    first, so that no exponential overflows. A partial without keys (lse = -inf) has weight 0; a row without
-    any key at all comes out as 0 with lse = -inf.
-    """
-    if len(partials) == 1:
-        return partials[0]
-    lse = torch.stack([partial.lse for partial in partials])  # [num_partials, num_queries, num_q_heads]
-    total = torch.logsumexp(lse, dim=0)
-    weights = torch.exp(lse - total.nan_to_num(neginf=0.0))
-    out = torch.zeros_like(partials[0].out, dtype=torch.float32)
-    for partial, weight in zip(partials, weights, strict=True):
-        out += weight[..., None] * partial.out
-    return Partial(out.to(partials[0].out.dtype), total)
+        A call's pieces are all causal or all not, and their keys either follow each other, as their queries do,
+        or all start at 0.
+        """

@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from sglang_apb.attention.base import AttentionEngine, Partial, Segment
+from sglang_apb.attention.base import Attention, AttentionEngine, Partial, Piece
+from sglang_apb.kernels import REFERENCE, Kernels
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
 class SdpaEngine(AttentionEngine):
-    """One kernel call a segment.
+    """One kernel call a piece; nothing to plan.
 
     `scaled_dot_product_attention` does not return the log-sum-exp, so its kernels are called by name: the flash
     kernels of CPU and CUDA, and the memory-efficient one for float32 on CUDA, which flash does not take.
     """
 
-    def attend(self, segments: Sequence[Segment], scale: float) -> list[Partial]:
-        return [_attend(segment, scale) for segment in segments]
+    def __init__(self, kernels: Kernels = REFERENCE) -> None:
+        self.kernels = kernels
+
+    def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
+        return [partial(_attend_all, pieces) for pieces in calls]
 
 
-def _attend(segment: Segment, scale: float) -> Partial:
-    num_queries, num_heads, _ = segment.q.shape
-    if num_queries == 0 or segment.k.shape[0] == 0:
-        lse = segment.q.new_full((num_queries, num_heads), -torch.inf, dtype=torch.float32)
-        return Partial(torch.zeros_like(segment.q), lse)
+def _attend_all(pieces: Sequence[Piece], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
+    parts = []
+    start = 0
+    for piece in pieces:
+        rows, keys = slice(start, start + piece.num_queries), slice(piece.keys.start, piece.keys.end)
+        parts.append(_attend(q[rows], k[keys], v[keys], piece.causal, scale))
+        start += piece.num_queries
+    if len(parts) == 1:
+        return parts[0]
+    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Partial:
+    num_queries, num_heads, _ = q.shape
+    if num_queries == 0 or k.shape[0] == 0:
+        lse = q.new_full((num_queries, num_heads), -torch.inf, dtype=torch.float32)
+        return Partial(torch.zeros_like(q), lse)
     # [num_tokens, num_heads, head_dim] -> [1, num_heads, num_tokens, head_dim]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (segment.q, segment.k, segment.v))
-    out, lse = _kernel(q, k, v, segment.causal, scale)
+    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+    out, lse = _kernel(heads_first[0], heads_first[1], heads_first[2], causal, scale)
     return Partial(out[0].transpose(0, 1), lse[0, :, :num_queries].transpose(0, 1))
 
 

@@ -10,10 +10,10 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
+from sglang_apb import attention as engines
 from sglang_apb import layout as layouts
 from sglang_apb import selection
-from sglang_apb.attention.sdpa import SdpaEngine
-from sglang_apb.backends.base import PrefillBackend, Wish
+from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span
@@ -28,7 +28,7 @@ class ApbBackend(PrefillBackend):
         self._config = config
         self._group = group
         self._replicate_kv = replicate_kv and group.size > 1
-        self._engine = SdpaEngine()
+        self._engine = engines.create(config.engine)
         self._selector = selection.create(config.selector)
 
     def plan(self, num_tokens: int, wish: Wish) -> Layout:
@@ -53,6 +53,12 @@ class ApbBackend(PrefillBackend):
 
     def owned_pages(self, plan: Layout) -> list[tuple[int, int]]:
         return plan.owned_pages(self._group.rank, self._runner.token_to_kv_pool_allocator.page_size)
+
+    def kept_tokens(self, plan: Layout) -> KeptTokens | None:
+        if self._replicate_kv or self._group.size == 1:
+            return None
+        own = tuple(plan.rows_of(self._group.rank).block_tokens.values())
+        return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)
 
     def prefill(self, forward_batch: Any, plan: Layout) -> Any:
         sparse = SparseAttention(plan, self._group, self._engine, self._selector)

@@ -8,15 +8,20 @@ Rows are a rank's [anchor copy | own blocks | question] (`layout.RankRows`). Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from sglang_apb.attention.base import AttentionEngine, Partial, Segment, merge
+from sglang_apb.attention.base import AttentionEngine, Partial, Piece
+from sglang_apb.kernels.candidates import Candidates
 from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import Pending, RankGroup
-from sglang_apb.selection.base import Selector, take
+from sglang_apb.selection.base import Selector
+
+# Blocks are attended over what was handed on in groups of at most this many rows: it bounds the memory of a result
+# that is merged at once, and fills a GPU many times over.
+MAX_ROWS_AT_ONCE = 65536
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,6 @@ class LayerRows:
     v: torch.Tensor
     scale: float
 
-    def segment(self, rows: Span, *, causal: bool = False, keys: Span | None = None) -> Segment:
-        keys = rows if keys is None else keys
-        return Segment(
-            self.q[rows.start : rows.end], self.k[keys.start : keys.end], self.v[keys.start : keys.end], causal
-        )
-
 
 class SparseAttention:
     """One prompt's attention on one rank; used by all layers in turn."""
@@ -42,53 +41,79 @@ class SparseAttention:
         self.layout = layout
         self.rows = layout.rows_of(group.rank)
         self._group = group
-        self._engine = engine
+        self._kernels = engine.kernels
         self._selector = selector
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
+        num_shared = self._num_anchor + sum(self._num_passing)
+        self._num_shared = -(-num_shared // engine.key_multiple) * engine.key_multiple
+        self._groups = self._groups_of_blocks()
+        question = len(layout.question)
+        self._own, self._question, self._question_itself, *self._before = engine.plan(
+            [
+                self._own_pieces(),
+                [Piece(question, Span(0, len(self.rows.context)))],
+                [Piece(question, Span(0, question), causal=True)],
+                *([Piece(len(span), Span(0, keys)) for span, keys in group] for group in self._groups),
+            ]
+        )
+        self._candidates: Candidates | None = None
+
+    def _own_pieces(self) -> list[Piece]:
+        """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
+        spans = [self.rows.anchor] if self.layout.recomputed else []
+        return [Piece(len(span), span, causal=True) for span in (*spans, *self.rows.blocks.values())]
+
+    def _groups_of_blocks(self) -> list[list[tuple[Span, int]]]:
+        """Own blocks that see something of `shared`: rows, and how long a prefix of it they see."""
+        groups: list[list[tuple[Span, int]]] = []
+        for block, span in self.rows.blocks.items():
+            num_keys = self._num_shared_keys(block)
+            if num_keys == 0:
+                continue
+            if not groups or span.end - groups[-1][0][0].start > MAX_ROWS_AT_ONCE:
+                groups.append([])
+            groups[-1].append((span, num_keys))
+        return groups
 
     def attend(self, layer: LayerRows) -> torch.Tensor:
         """Context and question in one pass: [num_rows, num_q_heads, head_dim]."""
-        question = self.rows.question
-        take_shared = self._start_exchange(layer, layer.q[question.start : question.end])
+        context, question = self.rows.context, self.rows.question
+        out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
+        take_shared = self._start_exchange(layer, layer.q[question.start :])
         own = self._attend_own(layer)
-        answer = self._start_question(layer, layer.segment(question, keys=self.rows.context))
-        out = torch.empty_like(layer.q)
-        self._finish_context(layer, own, take_shared(), out)
-        out[question.start : question.end] = answer()
+        answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
+        self._finish_context(layer, own, take_shared(), out[: context.end])
+        out[question.start :] = answer()
         return out
 
     def attend_context(self, layer: LayerRows) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
+        out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
         take_shared = self._start_exchange(layer, layer.q[question.start : question.end])
-        own = self._attend_own(layer)
-        out = torch.empty_like(layer.q)
-        self._finish_context(layer, own, take_shared(), out)
+        self._finish_context(layer, self._attend_own(layer), take_shared(), out)
         return out
 
     def attend_question(self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor) -> torch.Tensor:
         """The second of two passes. Rows are the question; context_k, context_v are the own blocks' cached rows."""
-        return self._start_question(layer, Segment(layer.q, context_k, context_v))()
+        return self._start_question(layer, context_k, context_v)()
 
-    def _attend_own(self, layer: LayerRows) -> list[Partial]:
-        """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
-        spans = [self.rows.anchor] if self.layout.recomputed else []
-        segments = [layer.segment(span, causal=True) for span in [*spans, *self.rows.blocks.values()]]
-        return self._engine.attend(segments, layer.scale)
+    def _attend_own(self, layer: LayerRows) -> Partial | None:
+        """Rows [anchor copy | own blocks]; None on a rank that has neither."""
+        end = self.rows.context.end
+        return self._own(layer.q[:end], layer.k, layer.v, layer.scale) if end else None
 
-    def _finish_context(self, layer: LayerRows, own: list[Partial], shared: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds to each block what it sees of `shared`, and writes its rows of `out`."""
-        if self.layout.recomputed:
-            anchor = self.rows.anchor
-            out[anchor.start : anchor.end] = own.pop(0).out
-        segments = []
-        for block, span in self.rows.blocks.items():
-            visible = shared[: self._num_shared_keys(block)]
-            segments.append(Segment(layer.q[span.start : span.end], visible[:, 0], visible[:, 1]))
-        before = self._engine.attend(segments, layer.scale)
-        for span, *partials in zip(self.rows.blocks.values(), own, before, strict=True):
-            out[span.start : span.end] = merge(partials).out
+    def _finish_context(self, layer: LayerRows, own: Partial | None, shared: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds to each block what it sees of `shared`, and writes the rows [anchor copy | own blocks] to `out`."""
+        if own is None:
+            return
+        start = self._groups[0][0][0].start if self._groups else len(out)
+        out[:start] = own.out[:start]  # the anchor copy, and the prompt's first block: they see nothing else
+        for group, attend in zip(self._groups, self._before, strict=True):
+            rows = slice(group[0][0].start, group[-1][0].end)
+            before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
+            self._kernels.merge((own.out[rows], before.out), (own.lse[rows], before.lse), out[rows])
 
     def _num_shared_keys(self, block: int) -> int:
         """How long a prefix of `shared` rows of `block` see.
@@ -100,10 +125,10 @@ class SparseAttention:
     def _start_exchange(self, layer: LayerRows, question: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Starts sending anchor and passing tokens; the result waits and gives `shared`.
 
-        shared: [num_anchor + num_passing_in_all, 2 (k, v), num_kv_heads, head_dim].
+        shared: [num_anchor + num_passing_in_all, 2 (k, v), num_kv_heads, head_dim], and rows that nobody reads up to
+        the engine's multiple.
         """
-        num_shared = self._num_anchor + sum(self._num_passing)
-        shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
+        shared = layer.k.new_empty((self._num_shared, 2, *layer.k.shape[1:]))
         anchor = self._start_anchor(layer, shared)
         passing = self._start_passing(layer, question)
 
@@ -137,20 +162,25 @@ class SparseAttention:
 
     def _start_passing(self, layer: LayerRows, question: torch.Tensor) -> Pending:
         """Chooses and starts sending the own blocks' passing tokens: one [num, 2, num_kv_heads, head_dim] a rank."""
-        selected = [layer.k.new_empty((0, 2, *layer.k.shape[1:]))]
-        for block, rows in self.rows.blocks.items():
-            num_passing = self._num_passing[block]
-            if num_passing == 0:
-                continue
-            candidates = self.layout.candidates(block)
-            start = rows.start + candidates.start - self.layout.blocks[block].start
-            k, v = layer.k[start : rows.end], layer.v[start : rows.end]
-            indices = self._selector.select(k, question, num_passing)
-            selected.append(torch.stack((take(k, indices), take(v, indices)), dim=1))
+        candidates = self._own_candidates(layer.k.device)
+        selected = layer.k.new_empty((candidates.num_selected, 2, *layer.k.shape[1:]))
+        if candidates.num_selected:
+            scores = self._selector.score(layer.k, question, candidates, self._kernels)
+            self._kernels.pack(layer.k, layer.v, self._kernels.select(scores, candidates), selected)
         counts = [
             sum(self._num_passing[block] for block in self.layout.blocks_of(rank)) for rank in range(self._group.size)
         ]
-        return self._group.gather_rows(torch.cat(selected), counts)
+        return self._group.gather_rows(selected, counts)
+
+    def _own_candidates(self, device: torch.device) -> Candidates:
+        if self._candidates is None:
+            spans, counts = [], []
+            for block, rows in self.rows.blocks.items():
+                first = self.layout.candidates(block).start - self.layout.blocks[block].start
+                spans.append(Span(rows.start + first, rows.end))
+                counts.append(self._num_passing[block])
+            self._candidates = Candidates.of(spans, counts, device)
+        return self._candidates
 
     def _place_passing(self, by_rank: list[torch.Tensor], shared: torch.Tensor) -> None:
         """Ranks' tokens, which come in the order of their blocks, to the order of the prompt."""
@@ -162,27 +192,41 @@ class SparseAttention:
             next_row[owner] = first + num_passing
             start += num_passing
 
-    def _start_question(self, layer: LayerRows, over_context: Segment) -> Callable[[], torch.Tensor]:
+    def _start_question(
+        self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
         """Starts the question's attention over all ranks' keys; the result waits and gives its rows.
 
-        Each rank holds its own blocks' keys, which every question row sees. The question's own keys are the same
-        on all ranks and count once: on rank 0.
+        The question is the last of the layer's rows. Each rank holds its own blocks' keys, context_k and context_v,
+        which every question row sees. The question's own keys are the same on all ranks and count once: on rank 0.
         """
-        question = Span(layer.q.shape[0] - len(self.layout.question), layer.q.shape[0])
-        segments = [over_context]
+        start = layer.q.shape[0] - len(self.layout.question)
+        q, k, v = layer.q[start:], layer.k[start:], layer.v[start:]
+        partials = []
+        if len(context_k):
+            partials.append(self._question(q, context_k, context_v, layer.scale))
         if self._group.rank == 0:
-            segments.append(layer.segment(question, causal=True))
-        local = merge(self._engine.attend(segments, layer.scale))
+            partials.append(self._question_itself(q, k, v, layer.scale))
+        local = self._merge(partials, q)
         if self._group.size == 1:
             return lambda: local.out
         # out and lse travel together, in float32: [num_question_tokens, num_q_heads, head_dim + 1]
         packed = torch.cat((local.out.float(), local.lse[..., None]), dim=-1)
         pending = self._group.gather_rows(packed, [len(packed)] * self._group.size)
+        return lambda: self._merge([Partial(part[..., :-1], part[..., -1]) for part in pending.wait()], q).out
 
-        def finish() -> torch.Tensor:
-            return merge([Partial(part[..., :-1], part[..., -1]) for part in pending.wait()]).out.to(layer.q.dtype)
-
-        return finish
+    def _merge(self, partials: Iterable[Partial], q: torch.Tensor) -> Partial:
+        """Attention of rows q over the union of the partials' keys; no partial at all is a row without keys."""
+        partials = list(partials)
+        merged = Partial(
+            torch.zeros_like(q, memory_format=torch.contiguous_format),
+            q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
+        )
+        if partials:
+            self._kernels.merge(
+                [part.out for part in partials], [part.lse for part in partials], merged.out, merged.lse
+            )
+        return merged
 
 
 def _key_value(layer: LayerRows, rows: Span) -> torch.Tensor:

@@ -6,27 +6,23 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from sglang_apb.kernels import Kernels
+from sglang_apb.kernels.candidates import Candidates
+
 
 class Selector(ABC):
-    """Ranks the tokens of one block by how much later tokens will want them."""
+    """Ranks the tokens of blocks by how much later tokens will want them; a block hands on those that score best.
+
+    Equal scores are common (pooling gives neighbours the same one): the earlier token wins, so that the choice does
+    not depend on the device.
+    """
 
     @abstractmethod
-    def score(self, keys: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-        """Scores, float32 [num_keys, num_kv_heads].
+    def score(
+        self, keys: torch.Tensor, question: torch.Tensor, candidates: Candidates, kernels: Kernels
+    ) -> torch.Tensor:
+        """Scores, float32 [num_blocks, num_kv_heads, candidates.max_length]; -inf after a block's last candidate.
 
-        keys: [num_keys, num_kv_heads, head_dim], after RoPE, consecutive tokens of one block.
+        keys: [num_rows, num_kv_heads, head_dim], after RoPE, of which `candidates` are consecutive tokens of blocks.
         question: [num_question_tokens, num_q_heads, head_dim], after RoPE.
         """
-
-    def select(self, keys: torch.Tensor, question: torch.Tensor, num_selected: int) -> torch.Tensor:
-        """Which tokens to hand on: int64 [num_selected, num_kv_heads], indices into `keys`, best first.
-
-        Equal scores are common (pooling gives neighbours the same one): the earlier token wins, so that the choice
-        does not depend on the device. `topk` promises no order among equals.
-        """
-        return self.score(keys, question).sort(dim=0, descending=True, stable=True).indices[:num_selected]
-
-
-def take(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """rows [num_rows, num_kv_heads, head_dim] at indices [num_selected, num_kv_heads], head by head."""
-    return rows.gather(0, indices[..., None].expand(-1, -1, rows.shape[-1]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from sglang_apb.kernels import Kernels
+from sglang_apb.kernels.candidates import Candidates
+from sglang_apb.kernels.scores import mean_question
 from sglang_apb.selection.base import Selector
-
-POOL_WIDTH = 5
 
 
 class QuerySelector(Selector):
@@ -17,8 +17,7 @@ class QuerySelector(Selector):
     Pooling stays within the block: its neighbours in memory may be far away in the text.
     """
 
-    def score(self, keys: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-        num_kv_heads, head_dim = keys.shape[1:]
-        mean = question.float().mean(dim=0).view(num_kv_heads, -1, head_dim).mean(dim=1)  # [num_kv_heads, head_dim]
-        raw = torch.einsum("nhd,hd->hn", keys.float(), mean)
-        return F.max_pool1d(raw, POOL_WIDTH, stride=1, padding=POOL_WIDTH // 2).T
+    def score(
+        self, keys: torch.Tensor, question: torch.Tensor, candidates: Candidates, kernels: Kernels
+    ) -> torch.Tensor:
+        return kernels.scores(keys, mean_question(question, keys.shape[1]), candidates)

@@ -1,0 +1,26 @@
+"""Triton kernels: one file an operation `x`, with `x_triton` and, in plain PyTorch, `x_reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from sglang_apb.kernels.merge import merge_reference, merge_triton
+from sglang_apb.kernels.pack import pack_reference, pack_triton
+from sglang_apb.kernels.scores import scores_reference, scores_triton
+from sglang_apb.kernels.select import select_reference, select_triton
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a sparse prompt's layer computes beside attention; `x_reference` says what each takes and gives."""
+
+    scores: Callable[..., torch.Tensor]
+    select: Callable[..., torch.Tensor]
+    pack: Callable[..., None]
+    merge: Callable[..., None]
+
+
+REFERENCE = Kernels(scores_reference, select_reference, pack_reference, merge_reference)
+TRITON = Kernels(scores_triton, select_triton, pack_triton, merge_triton)

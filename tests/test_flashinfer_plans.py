@@ -1,0 +1,125 @@
+"""What the FlashInfer engine tells FlashInfer, on any machine: the wrappers' documented meaning, in plain PyTorch.
+
+Whether FlashInfer's kernels do what its documentation says is for `pytest -m gpu` (tests/test_gpu.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang_apb.kernels import REFERENCE
+from test_sparse_attention import (
+    CONFIGS,
+    SCALE,
+    TOLERANCE,
+    LayerRows,
+    expected,
+    layout_of,
+    local_rows,
+    random_sequence,
+)
+
+from sglang_apb import selection
+from sglang_apb.attention import flashinfer as engine_module
+from sglang_apb.backends.sparse_attention import SparseAttention
+from sglang_apb.config import ApbConfig
+from sglang_apb.rank_group import RankGroup
+
+
+class Wrapper:
+    """flashinfer/prefill.py, Batch*Wrapper.plan and run: requests of consecutive queries, each with its keys."""
+
+    def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
+        assert kv_layout == "NHD" and workspace.dtype == torch.uint8
+        self.num_plans = 0
+
+    def plan(self, **arguments: Any) -> None:
+        host = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+        assert all(value.dtype == torch.int32 and value.device.type == "cpu" for value in host)
+        self.arguments = SimpleNamespace(**arguments)
+        self.num_plans += 1
+
+    def _run(self, q: torch.Tensor, keys: list[tuple[torch.Tensor, torch.Tensor]], out: Any, lse: Any) -> None:
+        plan = self.arguments
+        assert q.shape[0] == plan.qo_indptr[-1] and len(keys) == len(plan.qo_indptr) - 1
+        group = plan.num_qo_heads // plan.num_kv_heads
+        for (k, v), start, end in zip(keys, plan.qo_indptr[:-1], plan.qo_indptr[1:], strict=True):
+            rows = q[start:end]
+            logits = plan.sm_scale * torch.einsum("qhd,khd->hqk", rows, k.repeat_interleave(group, dim=1))
+            if plan.causal:  # aligned at the end
+                hidden = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1 + len(k) - len(rows))
+                logits = logits.masked_fill(hidden, -torch.inf)
+            out[start:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.repeat_interleave(group, dim=1))
+            lse[start:end] = logits.logsumexp(-1).T / math.log(2)
+
+
+class Ragged(Wrapper):
+    def run(self, q: Any, k: Any, v: Any, *, out: Any, lse: Any, return_lse: bool) -> None:
+        offsets = self.arguments.kv_indptr
+        assert return_lse and k.shape[0] == v.shape[0] == offsets[-1]
+        keys = [(k[start:end], v[start:end]) for start, end in itertools.pairwise(offsets)]
+        self._run(q, keys, out, lse)
+
+
+class Paged(Wrapper):
+    def run(self, q: Any, pages: Any, *, out: Any, lse: Any, return_lse: bool) -> None:
+        plan, keys = self.arguments, []
+        assert return_lse and all(x.shape[1] == plan.page_size for x in pages)
+        offsets = plan.paged_kv_indptr
+        for start, end, last in zip(offsets[:-1], offsets[1:], plan.paged_kv_last_page_len, strict=True):
+            assert end > start and 0 < last <= plan.page_size
+            taken = [x[plan.paged_kv_indices[start:end].long()].flatten(0, 1) for x in pages]
+            keys.append(tuple(x[: (end - start - 1) * plan.page_size + last] for x in taken))
+        self._run(q, keys, out, lse)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> engine_module.FlashInferEngine:
+    wrappers = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, BatchPrefillWithPagedKVCacheWrapper=Paged)
+    monkeypatch.setitem(sys.modules, "flashinfer", wrappers)
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(engine_module, "PAGE_SIZE", 8)
+    created = engine_module.FlashInferEngine()
+    created.kernels, created.key_multiple = REFERENCE, 8
+    return created
+
+
+def error(engine: engine_module.FlashInferEngine, config: ApbConfig, num_layers: int = 1) -> float:
+    layout = layout_of(config)
+    attention = SparseAttention(layout, RankGroup(), engine, selection.create("query"))
+    worst = 0.0
+    for seed in range(num_layers):
+        sequence = random_sequence(layout, seed=seed)
+        index = local_rows(layout, 0)
+        found = attention.attend(LayerRows(sequence.q[index], sequence.k[index], sequence.v[index], SCALE))
+        worst = max(worst, float((found - expected(sequence, layout, config)).abs().max()))
+    return worst
+
+
+ONE_PASS = {name: config for name, config in CONFIGS.items() if config.order == "one_pass"}
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_a_layer_equals_the_oracle(name: str, engine: engine_module.FlashInferEngine) -> None:
+    assert error(engine, ONE_PASS[name], num_layers=2) < TOLERANCE
+
+
+def test_plans_are_made_once_a_prompt_and_wrappers_once_at_all(engine: engine_module.FlashInferEngine) -> None:
+    for num_prompts in (1, 2):
+        assert error(engine, CONFIGS["few blocks"], num_layers=3) < TOLERANCE
+        plans = [wrapper.flashinfer.num_plans for wrapper in engine._wrappers.values()]
+        assert plans == [num_prompts] * 4  # own blocks, the question twice, one group of blocks
+
+
+def test_natural_logarithms_taken_for_base_2_are_noticed(
+    engine: engine_module.FlashInferEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "NATURAL", 1.0)
+    assert error(engine, CONFIGS["few blocks"]) > 100 * TOLERANCE
