@@ -24,7 +24,9 @@ _NOWHERE = 0
 
 
 def _kept_tokens(batch: Any) -> KeptTokens | None:
-    return getattr(batch.reqs[0], "kept_tokens", None) if len(batch.reqs) == 1 else None
+    """None as well for a prompt that SGLang batched or cut after all: it runs exact, and needs every slot."""
+    kept = getattr(batch.reqs[0], "kept_tokens", None) if len(batch.reqs) == 1 else None
+    return kept if kept is not None and batch.extend_lens[0] == kept.num_tokens else None
 
 
 def _allocate(original: Any, batch: Any) -> Any:

@@ -17,7 +17,8 @@ def _tell_sender(self: Any, req: Any, last_chunk: bool = False, end_idx: int | N
         return
     req.told_sender = sender
     ended = req.finished_reason or req.to_finish
-    if isinstance(ended, FINISH_ABORT):  # a prompt that was refused: SGLang has run a single token in its place
+    if isinstance(ended, FINISH_ABORT):
+        # A prompt that was refused (SGLang has run a single token in its place), or whose client went away.
         sender.refuse(ended.message)
         return
     # The wire carries whole numbers and short texts.

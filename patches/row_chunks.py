@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from sglang_apb.patches._patch import Patch
 
-# Matrix products of this many rows fill a GPU; SGLang's own chunks are no longer.
-MAX_ROWS = 8192
+# Matrix products of this many rows fill a GPU. SGLang's chunks of exact prompts are no longer, unless asked for.
+MAX_ROWS = 16384
 
 
 def _in_chunks(original: Any, self: Any, x: torch.Tensor, forward_batch: Any = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ from sglang_apb.patches.prefill_forward import backend_of
 
 from sglang_apb import capacity, config, requests
 from sglang_apb.backends.base import KeptTokens
+from sglang_apb.layout import LayoutError
 
 
 def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
@@ -27,25 +28,26 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
     req.sparse_wish = req.kept_tokens = None
     if req.finished() or req.to_finish:
         return
+    backend = backend_of(self.tp_worker.model_runner)
     wish = requests.wish_of(req, config.parse(self.server_args.prefill_options.config_text))
     kept = None
     if wish is not None:
-        backend = backend_of(self.tp_worker.model_runner)
-        kept = backend.kept_tokens(backend.plan(len(req.origin_input_ids), wish))
-    if error := _find_lack_of_slots(self, req, kept):
+        try:
+            kept = backend.kept_tokens(backend.plan(len(req.origin_input_ids), wish))
+        except LayoutError:  # shorter than a question and a page of context
+            wish = None
+    if backend.keeps_parts and (error := _find_lack_of_slots(self, req, kept)):
         req.set_finish_with_abort(error)
         return
     req.sparse_wish, req.kept_tokens = wish, kept
-    req.skip_radix_cache_insert = wish is not None
+    if wish is not None:
+        req.skip_radix_cache_insert = True
 
 
 def _find_lack_of_slots(scheduler: Any, req: Any, kept: KeptTokens | None) -> str:
-    """A sentence when the prompt can never have its KV slots. With one kind of prompt, SGLang's own check suffices."""
-    num_slots, page_size = scheduler.max_total_num_tokens, scheduler.page_size
-    num_tokens = len(req.origin_input_ids)
-    if scheduler.max_req_input_len <= num_slots or capacity.fits(
-        num_tokens if kept is None else kept.num_slots, num_slots, page_size
-    ):
+    """A sentence when the prompt can never have its KV slots: SGLang's own check knows one number for all prompts."""
+    num_slots, num_tokens = scheduler.max_total_num_tokens, len(req.origin_input_ids)
+    if capacity.fits(num_tokens if kept is None else kept.num_slots, num_slots, scheduler.page_size):
         return ""
     return (
         f"The prompt of {num_tokens} tokens does not fit in the {num_slots} KV slots of a rank: exact attention keeps "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
+
+# Environment variables of SGLang's that expect a KV slot for every token of a prompt.
+_REFUSED_WITH_OWN_PAGES = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY")
 
 # Dense decoders whose layers call one attention with per-head K and V, as SGLang names them.
 MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -100,6 +104,7 @@ def check_server_args(server_args: Any, options: PrefillOptions) -> None:
     _check_model(server_args)
     _check_engine(server_args, options)
     _check_gpus(server_args, options)
+    _check_environment(server_args, options)
 
 
 def _check_model(server_args: Any) -> None:
@@ -117,6 +122,18 @@ def _check_engine(server_args: Any, options: PrefillOptions) -> None:
         attention.check(engine, server_args.device, server_args.get_model_config().dtype)
     except attention.EngineError as error:
         raise OptionError(f"--prefill-backend-config: {error}") from None
+
+
+def _check_environment(server_args: Any, options: PrefillOptions) -> None:
+    """On a server whose ranks keep only what they ship (patches/kv_ownership.py)."""
+    if options.sp_size == 1 or server_args.disaggregation_transfer_backend != "zmq":
+        return
+    for name in _REFUSED_WITH_OWN_PAGES:
+        if os.environ.get(name, "").lower() not in ("", "0", "false", "no", "n"):
+            raise OptionError(
+                f"{name} does not go with --sp-size {options.sp_size} and --disaggregation-transfer-backend zmq: it "
+                "expects a slot for every token of a prompt; unset it"
+            )
 
 
 def _check_gpus(server_args: Any, options: PrefillOptions) -> None:

@@ -44,6 +44,21 @@ def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_
         assert kept.num_elsewhere == kept.num_tokens - kept.num_slots > 0
 
 
+def test_a_prompt_that_was_batched_or_cut_gets_every_slot() -> None:
+    """It runs on the exact path then, which reads what this rank would not have."""
+    kept = kept_by(plan(1000, ApbConfig(num_blocks=4), num_ranks=2), 0)
+    req = SimpleNamespace(kept_tokens=kept)
+    alone = SimpleNamespace(reqs=[req], extend_lens=[1000])
+    assert kv_ownership._kept_tokens(alone) is kept
+    for batch in (
+        SimpleNamespace(reqs=[req], extend_lens=[999]),
+        SimpleNamespace(reqs=[req, SimpleNamespace(kept_tokens=None)], extend_lens=[1000, 9]),
+        SimpleNamespace(reqs=[SimpleNamespace()], extend_lens=[1000]),
+    ):
+        assert kv_ownership._kept_tokens(batch) is None
+        assert kv_ownership._allocate(lambda batch: "SGLang's own", batch) == "SGLang's own"
+
+
 def test_more_own_tokens_than_slots_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="5 context tokens do not fit in 4 slots"):
         KeptTokens(9, (Span(0, 5),), 4, Span(8, 9))
@@ -74,6 +89,5 @@ def test_slots_are_given_back_with_the_spare_ones() -> None:
     release = next(patch.hook for patch in kv_ownership.PATCHES if patch.target.endswith("release_kv_cache"))
     for _ in range(2):  # a second release has nothing left to give
         release(as_sglang, req, SimpleNamespace(token_to_kv_pool_allocator=allocator))
-        req.req_pool_idx = None
         row = row[:0]
     assert torch.equal(torch.cat(freed).sort().values, torch.arange(7, 7 + kept.num_slots))

@@ -79,8 +79,9 @@ def test_help_shows_our_options() -> None:
 
 
 def test_sglang_serve_knows_our_options(model: str) -> None:
-    command = [sys.executable, "-m", "sglang.cli.main", "serve", "--model-path", model, "--prefill-backend", "apb"]
-    ended = subprocess.run([*command, "--sp-size", "0"], capture_output=True, text=True, timeout=300)
+    serve = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve", "--model-path", model]
+    command = [*serve, "--prefill-backend", "apb", "--sp-size", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode != 0
     assert "--sp-size must be at least 1, not 0" in ended.stderr
 
@@ -151,6 +152,21 @@ def test_more_ranks_than_gpus_is_refused_with_the_number_that_fits(monkeypatch: 
     server_args = SimpleNamespace(device="cuda", base_gpu_id=0, gpu_id_step=1)
     with pytest.raises(options.OptionError, match=r"--sp-size 4 needs 4 GPUs.*this machine has 2: use --sp-size 2"):
         options._check_gpus(server_args, options.PrefillOptions("apb", 4))
+
+
+def test_variables_that_expect_a_slot_for_every_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sglang_apb import options
+
+    name = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
+    server_args = SimpleNamespace(disaggregation_transfer_backend="zmq")
+    monkeypatch.setenv(name, "0")
+    options._check_environment(server_args, options.PrefillOptions("apb", 2))
+    monkeypatch.setenv(name, "1")
+    options._check_environment(server_args, options.PrefillOptions("apb", 1))
+    with pytest.raises(options.OptionError, match=rf"{name} does not go with --sp-size 2 .*unset it"):
+        options._check_environment(server_args, options.PrefillOptions("apb", 2))
 
 
 def test_a_sglang_that_changed_under_a_patch_is_named() -> None:

@@ -13,8 +13,9 @@ import torch
 from sglang_apb.attention.base import Attention, AttentionEngine, Partial, Piece
 from sglang_apb.kernels import TRITON
 
-# FlashInfer splits the keys of calls with few queries, and keeps the parts here (its own recommendation).
-WORKSPACE_BYTES = 128 << 20
+# FlashInfer's FlashAttention-2 splits the keys of calls with few queries and keeps the parts here: 130 MB for 256
+# question tokens of 64 heads. As much as SGLang gives it (layers/attention/flashinfer_backend.py).
+WORKSPACE_BYTES = 512 << 20
 # Keys that several blocks see a prefix of are read through a page table: fewer entries, the larger the page.
 PAGE_SIZE = 64
 # FlashInfer's logarithm is of base 2 (include/flashinfer/attention/state.cuh); ours are natural.

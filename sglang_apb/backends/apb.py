@@ -54,8 +54,12 @@ class ApbBackend(PrefillBackend):
     def owned_pages(self, plan: Layout) -> list[tuple[int, int]]:
         return plan.owned_pages(self._group.rank, self._runner.token_to_kv_pool_allocator.page_size)
 
+    @property
+    def keeps_parts(self) -> bool:
+        return self._group.size > 1 and not self._replicate_kv
+
     def kept_tokens(self, plan: Layout) -> KeptTokens | None:
-        if self._replicate_kv or self._group.size == 1:
+        if not self.keeps_parts:
             return None
         own = tuple(plan.rows_of(self._group.rank).block_tokens.values())
         return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)

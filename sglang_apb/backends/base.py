@@ -66,6 +66,11 @@ class PrefillBackend(ABC):
     def owned_pages(self, plan: Any) -> list[tuple[int, int]]:
         """The request's pages whose KV this rank holds after `prefill`, as half-open ranges."""
 
+    @property
+    @abstractmethod
+    def keeps_parts(self) -> bool:
+        """Whether a rank keeps the KV of its own part of a prompt only."""
+
     @abstractmethod
     def kept_tokens(self, plan: Any) -> KeptTokens | None:
         """What this rank keeps of the prompt; None when it keeps every token."""

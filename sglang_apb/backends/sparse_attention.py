@@ -19,8 +19,8 @@ from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import Pending, RankGroup
 from sglang_apb.selection.base import Selector
 
-# Blocks are attended over what was handed on in groups of at most this many rows: it bounds the memory of a result
-# that is merged at once, and fills a GPU many times over.
+# Blocks are attended over what was handed on in groups of at most this many rows, or one block: it bounds the memory
+# of a result that is merged at once, and fills a GPU many times over.
 MAX_ROWS_AT_ONCE = 65536
 
 

@@ -85,7 +85,7 @@ class ZmqKVSender(CommonKVSender):
         self._info = check_info(info)
 
     def refuse(self, reason: str) -> None:
-        """Fails the request on both servers, with `reason` for the client: its prompt was not prefilled."""
+        """Fails the request on both servers, with `reason` for the client: its KV will not come."""
         self._fail(reason)
 
     def pop_decode_prefix_len(self) -> int:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang_apb.attention.flashinfer import WORKSPACE_BYTES
 from sglang_apb.commands.bench.calls import Case, LayerCalls
 from sglang_apb.commands.bench.observed import BEFORE, OWN
 from sglang_apb.layout import Span
 
 LARGEST_PAGE = 64
-WORKSPACE_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)

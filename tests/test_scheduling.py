@@ -1,0 +1,99 @@
+"""What the scheduler decides of a request before any queue sees it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang_apb.patches import scheduling
+
+from sglang_apb.backends.base import KeptTokens
+from sglang_apb.config import parse
+from sglang_apb.layout import plan
+
+
+class Request:
+    """The parts of SGLang's Req that decide."""
+
+    def __init__(self, num_tokens: int, *, exact: bool = False) -> None:
+        self.origin_input_ids = [0] * num_tokens
+        self.output_ids: list[int] = []
+        self.sampling_params = SimpleNamespace(custom_params={"prefill": {"exact": exact}})
+        self.return_logprob = self.return_hidden_states = False
+        self.input_embeds = self.positional_embed_overrides = self.multi_item_delimiter_indices = self.session = None
+        self.to_finish = self.error = None
+        self.skip_radix_cache_insert = False
+
+    def finished(self) -> bool:
+        return False
+
+    def set_finish_with_abort(self, error: str) -> None:
+        self.error = error
+
+
+def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool, config: str, page_size: int) -> Any:
+    """`req` after its decision on a server of 2 ranks with 1,000 slots each."""
+
+    def kept(layout: Any) -> KeptTokens | None:
+        own = tuple(layout.rows_of(0).block_tokens.values())
+        return (
+            KeptTokens(layout.num_tokens, own, layout.most_context_on_a_rank, layout.question) if keeps_parts else None
+        )
+
+    backend = SimpleNamespace(
+        keeps_parts=keeps_parts,
+        kept_tokens=kept,
+        plan=lambda num_tokens, wish: plan(num_tokens, parse(config), num_ranks=2, page_size=page_size),
+    )
+    monkeypatch.setattr(scheduling, "backend_of", lambda runner: backend)
+    scheduler = SimpleNamespace(
+        server_args=SimpleNamespace(prefill_options=SimpleNamespace(config_text=config)),
+        tp_worker=SimpleNamespace(model_runner=None),
+        max_total_num_tokens=1000,
+        page_size=page_size,
+    )
+    scheduling._decide(scheduler, req)
+    return req
+
+
+SPARSE = '{"num_blocks": 4, "min_tokens": 16}'
+
+
+def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
+    assert req.sparse_wish is not None and req.kept_tokens is None and req.skip_radix_cache_insert
+
+
+@pytest.mark.parametrize(("num_tokens", "page_size", "min_tokens"), [(1, 1, 0), (30, 64, 16)])
+def test_a_prompt_that_cannot_be_laid_out_runs_exact(
+    num_tokens: int, page_size: int, min_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = f'{{"min_tokens": {min_tokens}}}'
+    req = decided(Request(num_tokens), monkeypatch, keeps_parts=True, config=config, page_size=page_size)
+    assert req.sparse_wish is None and req.kept_tokens is None and req.error is None
+
+
+def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own warm-up requests, for example."""
+    req = Request(5)
+    req.skip_radix_cache_insert = True
+    assert decided(req, monkeypatch, keeps_parts=False, config=SPARSE, page_size=1).skip_radix_cache_insert
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "exact", "keeps_parts", "error"),
+    [
+        (990, True, True, ""),
+        (998, True, True, "998 tokens does not fit in the 1000 KV slots of a rank: exact attention"),
+        (998, True, False, ""),  # SGLang's own limit, which is one for all prompts there
+        (1500, False, True, ""),
+        (1900, False, True, "1900 tokens needs 1078 of the 1000 KV slots of a rank"),
+    ],
+)
+def test_prompts_that_can_never_have_their_slots_are_refused(
+    num_tokens: int, exact: bool, keeps_parts: bool, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    req = decided(Request(num_tokens, exact=exact), monkeypatch, keeps_parts=keeps_parts, config=SPARSE, page_size=1)
+    assert (error in req.error) if error else req.error is None
+    assert not error or req.sparse_wish is None
