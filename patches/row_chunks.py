@@ -1,6 +1,6 @@
 """Targets: `LlamaMLP.forward` (Mistral's too), `Qwen2MLP.forward` (Qwen3's too).
 
-Reason: a sparse prompt is not chunked. All its rows at once would take 7 times their hidden states' memory in the
+Reason: a sparse prompt is not chunked. All its rows at once would take 10 times their hidden states' memory in the
 feed-forward layers (Llama-3.1-8B: 22 GB for 256K rows), which treat each row alone.
 """
 

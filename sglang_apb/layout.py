@@ -128,6 +128,13 @@ class Layout:
             return num_rows(self.anchor_copy) if block else 0
         return min(self.anchor, self.blocks[block].start)
 
+    def num_shared_keys(self, block: int) -> int:
+        """How many keys before the block its rows see: the anchor's, then what earlier blocks hand on.
+
+        A block that starts inside the anchor has no passing tokens before it: its anchor is all that it sees.
+        """
+        return self.num_anchor_keys(block) + sum(map(self.num_passing, range(block)))
+
     def candidates(self, block: int) -> Span:
         """The tokens of `block` that may be handed on: those that no later block sees as anchor."""
         span = self.blocks[block]

@@ -177,7 +177,7 @@ def test_one_paged_call_sees_what_two_calls_and_a_merge_see(
     assert float(note.rpartition(" ")[2]) < TOLERANCE
     assert cases[1].flop == bench_calls.context_case(calls).flop
 
-    monkeypatch.setattr(bench_calls, "prefix_length", lambda layout, block: 0)
+    monkeypatch.setattr(type(layout), "num_shared_keys", lambda layout, block: 0)
     assert float(bench_one_call.one_call_cases(calls)[1].rpartition(" ")[2]) > 100 * TOLERANCE, "nothing in front"
 
 

@@ -68,7 +68,7 @@ class SparseAttention:
         """Own blocks that see something of `shared`: rows, and how long a prefix of it they see."""
         groups: list[list[tuple[Span, int]]] = []
         for block, span in self.rows.blocks.items():
-            num_keys = self._num_shared_keys(block)
+            num_keys = self.layout.num_shared_keys(block)
             if num_keys == 0:
                 continue
             if not groups or span.end - groups[-1][0][0].start > MAX_ROWS_AT_ONCE:
@@ -114,13 +114,6 @@ class SparseAttention:
             rows = slice(group[0][0].start, group[-1][0].end)
             before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
             self._kernels.merge((own.out[rows], before.out), (own.lse[rows], before.lse), out[rows])
-
-    def _num_shared_keys(self, block: int) -> int:
-        """How long a prefix of `shared` rows of `block` see.
-
-        A block that starts inside the anchor has no passing tokens before it: its anchor is all that it sees.
-        """
-        return self.layout.num_anchor_keys(block) + sum(self._num_passing[:block])
 
     def _start_exchange(self, layer: LayerRows, question: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Starts sending anchor and passing tokens; the result waits and gives `shared`.

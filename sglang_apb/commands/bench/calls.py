@@ -22,7 +22,6 @@ from sglang_apb.commands.bench.observed import (
     ObservedEngine,
     ObservedSelector,
     StandInGroup,
-    prefix_length,
 )
 from sglang_apb.commands.bench.setup import InProcess
 from sglang_apb.kernels import TRITON
@@ -82,7 +81,7 @@ class LayerCalls:
         """Rows of the own call's pieces, and how many keys handed on by others they see in front."""
         rows = self.layout.rows_of(self.rank)
         pieces = [(rows.anchor, 0)] if self.layout.recomputed else []
-        return [*pieces, *((span, prefix_length(self.layout, block)) for block, span in rows.blocks.items())]
+        return [*pieces, *((span, self.layout.num_shared_keys(block)) for block, span in rows.blocks.items())]
 
 
 def group_of(rank: int, num_ranks: int) -> RankGroup:

@@ -142,17 +142,12 @@ class StandInGroup(RankGroup):
         return self._others[key]
 
 
-def prefix_length(layout: Layout, block: int) -> int:
-    """How many keys in front of it, handed on by others, rows of `block` see."""
-    return layout.num_anchor_keys(block) + sum(map(layout.num_passing, range(block)))
-
-
 def rank_pairs(layout: Layout, rank: int) -> int:
     """(query, key) pairs of one layer and head on one rank; those of all ranks are layout.attention_pairs."""
     rows = layout.rows_of(rank)
     pairs = _triangle(num_rows(layout.anchor_copy))
     for block, span in rows.block_tokens.items():
-        pairs += len(span) * prefix_length(layout, block) + _triangle(len(span))
+        pairs += len(span) * layout.num_shared_keys(block) + _triangle(len(span))
     pairs += len(layout.question) * num_rows(rows.block_tokens.values())
     return pairs + (_triangle(len(layout.question)) if rank == 0 else 0)
 
