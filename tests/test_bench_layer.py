@@ -257,11 +257,14 @@ def test_a_share_has_its_heads_and_columns() -> None:
 
 
 ALL_HAVE = ("projections", "RoPE and norms", "KV cache", "communication", "attention, own", "FFN")
+# What a rank lacks whose only block is the first, or the last: which rank is the slowest differs from run to run.
+NOT_IN_EVERY_BLOCK = {"scores and selection", "packing", "attention, before"}
 
 
-def check_parts(time: LayerTime, method: str, *also: str) -> None:
+def check_parts(time: LayerTime, method: str, *also: str, one_block: bool = False) -> None:
     """The parts are what a method has, and add up to the layer."""
-    expected = [part for part in bench_parts.PARTS if method == APB or part in ALL_HAVE]
+    lacking = NOT_IN_EVERY_BLOCK - time.parts.keys() if one_block else set()
+    expected = [part for part in bench_parts.PARTS if (method == APB or part in ALL_HAVE) and part not in lacking]
     assert list(time.parts) == [*expected, *also, OTHER]
     assert sum(time.parts.values()) == pytest.approx(time.layer)
     assert all(seconds >= 0 for part, seconds in time.parts.items() if part != OTHER)
@@ -294,7 +297,7 @@ def test_two_ranks_really_run_together_and_measure_their_link(model: str, tmp_pa
         time = LayerTime(**rows[method, 2]["time"])
         check_parts(time, method)
         assert not time.is_projected and time.parts["communication"] > 0
-        check_parts(LayerTime(**rows[method, 4]["time"]), method, PROJECTED)
+        check_parts(LayerTime(**rows[method, 4]["time"]), method, PROJECTED, one_block=True)
     projected = rows[EXACT, 4]["time"]["parts"][PROJECTED]
     assert projected == pytest.approx(bench_link.exact_exposed(600, 16, 4, 4, link))
 
