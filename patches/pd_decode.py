@@ -1,5 +1,5 @@
 """Target: `DecodeTransferQueue._commit_transfer_to_req`. Reason: the decode server's answer says how the prefill
-server ran the prompt, and how many bytes of KV came.
+server ran the prompt, how many bytes of KV came, and how many of them while the prefill still ran.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def _keep_report(self: Any, decode_req: Any) -> None:
     receiver = decode_req.kv_receiver
     info = getattr(receiver, "prefill_info", None)
     if isinstance(info, dict) and info:
-        report = info | {"kv_bytes": receiver.num_bytes}
+        report = info | {"kv_bytes": receiver.num_bytes, "kv_bytes_hidden": receiver.num_hidden_bytes}
         if "attention_share" in report:  # a text on the wire
             report["attention_share"] = float(report["attention_share"])
         decode_req.req.customized_info = {PARAMETER: [report]}

@@ -1,5 +1,7 @@
 """Target: `SchedulerDisaggregationPrefillMixin.send_kv_chunk`. Reason: the transfer must know which of a sparse
 prompt's pages this rank holds, and carries to the decode server how it was prefilled, or why it was refused.
+
+`patches/prefill_forward.py` asks here for a sparse prompt's `layer_stream`: its layers are sent before that.
 """
 
 from __future__ import annotations
@@ -8,8 +10,26 @@ from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
+from sglang_apb.transfer.layer_stream import LayerStream
 
-def _tell_sender(self: Any, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+
+def layer_stream(batch: Any) -> LayerStream | None:
+    """Sends the layers of the batch's one sparse prompt; None when nothing can be sent before the prefill ends."""
+    (req,) = batch.reqs
+    sender = getattr(req, "disagg_kv_sender", None)
+    if not hasattr(sender, "stream_layer") or req.pending_bootstrap:
+        return None
+    _tell_sender(req)
+    page_size = batch.token_to_kv_pool_allocator.page_size
+    row = batch.req_to_token_pool.req_to_token[req.req_pool_idx, req.start_send_idx : len(req.origin_input_ids)]
+    return LayerStream(sender, row[::page_size], page_size)
+
+
+def _before_send(self: Any, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+    _tell_sender(req)
+
+
+def _tell_sender(req: Any) -> None:
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     sender = req.disagg_kv_sender
@@ -32,6 +52,6 @@ PATCHES = (
         "sglang.srt.disaggregation.prefill.SchedulerDisaggregationPrefillMixin.send_kv_chunk",
         "before",
         ("self", "req", "last_chunk", "end_idx"),
-        _tell_sender,
+        _before_send,
     ),
 )

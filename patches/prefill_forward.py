@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sglang_apb.patches import pd_prefill
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config, metrics, requests
@@ -31,12 +32,16 @@ def _create(model_runner: Any) -> Any:
     server_args = model_runner.server_args
     options = server_args.prefill_options
     group = get_parallel().attn_cp_group.device_group if options.sp_size > 1 else None
-    ships_own_pages = (
-        server_args.disaggregation_mode == "prefill" and server_args.disaggregation_transfer_backend == "zmq"
-    )
-    return backends.load(options.backend)(
-        model_runner, config.parse(options.config_text), RankGroup(group), replicate_kv=not ships_own_pages
-    )
+    settings, replicate_kv = config.parse(options.config_text), not _ships_own_pages(server_args)
+    return backends.load(options.backend)(model_runner, settings, RankGroup(group), replicate_kv=replicate_kv)
+
+
+def _ships_own_pages(server_args: Any) -> bool:
+    return server_args.disaggregation_mode == "prefill" and server_args.disaggregation_transfer_backend == "zmq"
+
+
+def _keep_to_itself(layer_id: int) -> None:
+    """What is done with a layer's KV that is not shipped, or not yet."""
 
 
 def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
@@ -54,6 +59,9 @@ def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any)
         req.sparse_pages = (
             None if result.sparse_plan is None else backend_of(model_runner).owned_pages(result.sparse_plan)
         )
+    result.on_layer = _keep_to_itself
+    if result.sparse_plan is not None and _ships_own_pages(model_runner.server_args):
+        result.on_layer = pd_prefill.layer_stream(batch) or _keep_to_itself
 
 
 def _num_tokens(req: Any) -> int:
@@ -102,7 +110,7 @@ def _forward(
 def _forward_sparse(model_runner: Any, forward_batch: Any, plan: Any) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
-    logits = backend_of(model_runner).prefill(forward_batch, plan)
+    logits = backend_of(model_runner).prefill(forward_batch, plan, forward_batch.on_layer)
     return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
 
 

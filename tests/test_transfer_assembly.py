@@ -32,11 +32,11 @@ def test_complete_only_when_every_rank_ended_and_aux_is_there() -> None:
     for rank, blocks in enumerate(([Block(0, 6, 0, 2), Block(0, 6, 8, 2)], [Block(0, 6, 2, 6)], [])):
         for block in blocks:
             _send(assembly, rank, block)
-    assembly.end(1, End(6 * PAGE, {"ranks": 3}))
+    assembly.end(1, End(6 * PAGE, 0, {"ranks": 3}))
     assembly.add_aux(0, b"first token")
-    assembly.end(2, End(0, {"ranks": 9}))
+    assembly.end(2, End(0, 0, {"ranks": 9}))
     assert not assembly.complete
-    assembly.end(0, End(4 * PAGE, {"method": "apb"}))
+    assembly.end(0, End(4 * PAGE, 0, {"method": "apb"}))
     assert assembly.complete and assembly.num_bytes == 10 * PAGE
     assert assembly.info == {"method": "apb", "ranks": 3}
 
@@ -47,19 +47,19 @@ def test_end_with_a_missing_block_fails() -> None:
     _send(assembly, 0, Block(5, 1, 0, 9))
     assembly.add_aux(0, b"")
     with pytest.raises(TransferError, match=f"{ITEM_LENS[5]} bytes of its pages missing"):
-        assembly.end(0, End(10 * PAGE - ITEM_LENS[5], {}))
+        assembly.end(0, End(10 * PAGE - ITEM_LENS[5], 0, {}))
 
 
 def test_end_with_another_count_fails() -> None:
     assembly = _assembly([(0, 10)])
     _send(assembly, 0, Block(0, 6, 0, 10))
     with pytest.raises(TransferError, match="it sent 5"):
-        assembly.end(0, End(5, {}))
+        assembly.end(0, End(5, 0, {}))
 
 
 def test_end_without_first_token_fails() -> None:
     with pytest.raises(TransferError, match="first token"):
-        _assembly([], num_pages=0).end(0, End(0, {}))
+        _assembly([], num_pages=0).end(0, End(0, 0, {}))
 
 
 def test_the_same_block_twice_is_not_counted_twice() -> None:
@@ -99,7 +99,7 @@ def test_ranks_must_partition_the_request(ranges: tuple, message: str) -> None:
 @pytest.mark.parametrize(("item_lens", "num_pages"), [(ITEM_LENS, 37), ((768,) * 60, 2000), ((1 << 21,) * 4, 3)])
 def test_blocks_cover_every_cell_once(item_lens: tuple[int, ...], num_pages: int) -> None:
     cells = np.zeros((len(item_lens), num_pages), int)
-    for block in plan_blocks(item_lens, 5, num_pages):
+    for block in plan_blocks(item_lens, range(len(item_lens)), 5, num_pages):
         first = block.first_page - 5
         cells[block.first_buffer :][: block.num_buffers, first : first + block.num_pages] += 1
         assert block_bytes(block, item_lens) <= max(BLOCK_BYTES, max(item_lens))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,9 +25,9 @@ from transfer_peers import (
 )
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.receiving import ReceiveState
-from sglang_apb.transfer.sending import SendState
 from sglang_apb.transfer.wire import Announce, Ask, Block, End, Kind, Stop
 
 ZIGZAG: dict[int, list[list[PageRange]]] = {
@@ -101,6 +104,59 @@ def test_ask_may_come_before_or_after_the_request() -> None:
             assert received(decode)
 
 
+def test_layers_go_as_they_become_final_and_others_do_not_wait() -> None:
+    rng = np.random.default_rng(5)
+    final = [False, False, False]
+    with cluster() as peers:
+        source, target = rng.permutation(500)[:40].astype(np.int64), rng.permutation(500)[:40].astype(np.int64)
+        decode, room = peers.ask(1, target[:20]), peers.senders[0].open(1)
+        assert asked(room)
+        peers.senders[0].announce(room, [(0, 20)])
+        for layer in range(3):
+            is_final = partial(final.__getitem__, layer)
+            ids = partial(_only_if, is_final, source[:20])
+            peers.senders[0].send_pages(room, (0, 20), ids, [layer], is_final)
+        for layer in range(3):
+            assert wait_for(lambda n=layer: decode.assembly.num_bytes == n * 20 * (96 + 160))
+            if layer == 1:
+                check_another_request(peers, source[20:], target[20:])
+            assert decode.assembly.num_bytes == layer * 20 * (96 + 160)
+            final[layer] = True
+        assert wait_for(lambda: room.num_bytes == 20 * sum(ITEM_LENS))
+        peers.senders[0].finish(room, 0, {})
+        assert received(decode), decode.reason
+        assert rows(peers.pool, target[:20]) == rows(peers.pools[0], source[:20])
+        assert decode.assembly.num_hidden_bytes == room.num_hidden_bytes == 20 * sum(ITEM_LENS)
+
+
+def _only_if(is_final: Callable[[], bool], ids: np.ndarray) -> np.ndarray:
+    assert is_final()
+    return ids
+
+
+def check_another_request(peers: Cluster, source: np.ndarray, target: np.ndarray) -> None:
+    """It passes while the first one's next layer is still computed."""
+    decode, room = peers.ask(2, target), peers.senders[0].open(2)
+    assert asked(room)
+    send_owned(peers.senders[0], room, source, [(0, 20)], 1)
+    assert received(decode), decode.reason
+    assert rows(peers.pool, target) == rows(peers.pools[0], source)
+
+
+def test_a_request_closed_while_its_layers_are_computed_is_not_read_any_more() -> None:
+    with cluster() as peers:
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        final = threading.Event()
+        peers.senders[0].announce(room, [(0, 8)])
+        peers.senders[0].send_pages(room, (0, 8), lambda: pytest.fail("read"), [0], final.is_set)
+        peers.senders[0].close(room, "Aborted.")
+        final.set()
+        assert not received(decode)
+        assert decode.reason == "Aborted." and decode.assembly.num_bytes == 0
+        assert wait_for(lambda: not peers.senders[0]._busy), "a closed request does not keep the thread awake"
+
+
 def test_many_requests_at_once() -> None:
     rng = np.random.default_rng(3)
     with cluster() as peers:
@@ -131,7 +187,7 @@ def test_a_block_larger_than_one_message() -> None:
         decode = receiver.open(1, [("127.0.0.1", sender.port)], np.arange(2000), 0)
         room = sender.open(1)
         assert asked(room)
-        send_owned(sender, room, np.arange(2000)[::-1].copy(), [(0, 2000)], 0)
+        send_owned(sender, room, np.arange(2000)[::-1].copy(), [(0, 2000)], 0, num_layers=1)
         assert received(decode, 10)
         assert rows(target, np.arange(2000)) == rows(source, np.arange(2000)[::-1])
     finally:
@@ -193,14 +249,14 @@ def test_a_failing_command_does_not_end_the_thread(caplog: pytest.LogCaptureFixt
 
 def test_pages_that_cannot_be_read_fail_the_request_only() -> None:
     with cluster() as peers:
-        for room_id, wait in ((1, lambda: [][0]), (2, None)):
+        for room_id, ids in ((1, lambda: [][0]), (2, lambda: np.arange(8))):
             decode, room = peers.ask(room_id, np.arange(8)), peers.senders[0].open(room_id)
             assert asked(room)
             peers.senders[0].announce(room, [(0, 8)])
-            peers.senders[0].send_pages(room, 0, np.arange(8), wait)
+            peers.senders[0].send_pages(room, (0, 8), ids, range(3))
             peers.senders[0].finish(room, 0, {})
-            assert received(decode) is (wait is None)
-            if wait is not None:
+            assert received(decode) is (room_id == 2)
+            if room_id == 1:
                 assert "could not read the request's pages" in decode.reason == room.reason
 
 
@@ -360,7 +416,7 @@ def _honest_frames(room: int, attempt: int, pool_seed: int = 1) -> list[list[wir
             for block in blocks
         ),
         wire.pack(Kind.AUX, room, attempt, b"", data.randbytes(sum(AUX_LENS))),
-        wire.pack_message(End(8 * sum(ITEM_LENS), {}), room, attempt),
+        wire.pack_message(End(8 * sum(ITEM_LENS), 0, {}), room, attempt),
     ]
 
 
@@ -452,4 +508,4 @@ def _hostile_frame(rng: random.Random, room: int, attempt: int) -> list[wire.Buf
         return wire.pack(Kind.DATA, room, attempt, block.pack(), rng.randbytes(rng.randrange(2000)))
     if choice == 3:
         return wire.pack(rng.choice(list(Kind)[:6]), room, attempt, rng.randbytes(rng.randrange(30)))
-    return wire.pack_message(rng.choice((Ask(COMPAT, 2**26, 0), End(0, {}), Stop("x"))), room, attempt + 1)
+    return wire.pack_message(rng.choice((Ask(COMPAT, 2**26, 0), End(0, 0, {}), Stop("x"))), room, attempt + 1)

@@ -16,9 +16,9 @@ def _make_pool(device: str) -> tuple[list[torch.Tensor], Pages]:
     generator = torch.Generator().manual_seed(1)
     buffers = [
         torch.randn((NUM_PAGES + 1) * PAGE_SIZE, NUM_HEADS, size, generator=generator).to(torch.bfloat16).to(device)
-        for size in (8, 8, 12, 12)
+        for size in (8, 12, 8, 12)
     ]
-    item_lens = [PAGE_SIZE * NUM_HEADS * size * 2 for size in (8, 8, 12, 12)]
+    item_lens = [PAGE_SIZE * NUM_HEADS * size * 2 for size in (8, 12, 8, 12)]
     return buffers, open_pool(buffers, [NUM_PAGES * size for size in item_lens], item_lens)
 
 
@@ -28,7 +28,7 @@ def _check_moves(device: str) -> None:
     ids = np.random.default_rng(2).permutation(NUM_PAGES)[:120].astype(np.int64)
     targets = ids[::-1].copy()
     assert pages.num_pages == NUM_PAGES
-    moved = [(block, _gather(pages, block, ids)) for block in plan_blocks(pages.item_lens, 0, 120)]
+    moved = [(block, _gather(pages, block, ids)) for block in plan_blocks(pages.item_lens, range(4), 0, 120)]
     for block, payload in moved:
         ids_of_block = targets[block.first_page : block.first_page + block.num_pages]
         pages.scatter(block.first_buffer, block.num_buffers, ids_of_block, payload)
@@ -79,6 +79,6 @@ def test_pages_at_an_address() -> None:
 def test_a_page_larger_than_a_block() -> None:
     buffer = torch.zeros(3 * (BLOCK_BYTES + 1), dtype=torch.uint8)
     pages = open_pool([buffer], [len(buffer)], [BLOCK_BYTES + 1])
-    blocks = list(plan_blocks(pages.item_lens, 0, 3))
+    blocks = list(plan_blocks(pages.item_lens, range(1), 0, 3))
     assert [block.num_pages for block in blocks] == [1, 1, 1]
     assert pages.gather(0, 1, np.array([1])).nbytes == BLOCK_BYTES + 1

@@ -16,7 +16,7 @@ NUM_PAGES = 40
 MESSAGES = [
     Ask(COMPAT, 12, 64),
     Announce([(0, 3), (7, 12)]),
-    End(123456, {"method": "apb", "ranks": 2}),
+    End(123456, 1234, {"method": "apb", "ranks": 2}),
     Stop("The pages are gone."),
 ]
 
@@ -37,7 +37,7 @@ def test_block_round_trip() -> None:
     block = Block(1, 3, 4, 9)
     frame = wire.parse(_data_parts(block))
     assert wire.parse_block(frame, ITEM_LENS, NUM_PAGES) == block
-    assert len(frame.payload or b"") == 9 * (96 + 96 + 160)
+    assert len(frame.payload or b"") == 9 * (160 + 96 + 160)
 
 
 @pytest.mark.parametrize(

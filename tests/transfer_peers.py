@@ -6,17 +6,20 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint, SendRoom, SendState
+from sglang_apb.transfer.sending import SendingEndpoint
 
-ITEM_LENS = (96, 96, 96, 160, 160, 160)  # three layers of keys, three of values
+ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
+NUM_LAYERS = 3
 AUX_LENS = (64, 128, 64)
 NUM_POOL_PAGES = 500
 COMPAT = Compat(
@@ -85,12 +88,13 @@ def send_owned(
     aux_index: int | None,
     chunk: int = 10_000,
     info: dict[str, int | str] | None = None,
+    num_layers: int = NUM_LAYERS,
 ) -> None:
     """What the sender of SGLang's request does, in chunks of `chunk` pages."""
     sender.announce(room, owned)
     for first in range(0, len(ids), chunk):
         for start, end in ownership.clip(owned, (first, first + chunk)):
-            sender.send_pages(room, start, ids[start:end])
+            sender.send_pages(room, (start, end), partial(np.copy, ids[start:end]), range(num_layers))
     sender.finish(room, aux_index, info or {})
 
 

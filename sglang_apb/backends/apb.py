@@ -64,9 +64,9 @@ class ApbBackend(PrefillBackend):
         own = tuple(plan.rows_of(self._group.rank).block_tokens.values())
         return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)
 
-    def prefill(self, forward_batch: Any, plan: Layout) -> Any:
+    def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
         sparse = SparseAttention(plan, self._group, self._engine, self._selector)
-        cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv)
+        cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
         rows = sparse.rows
         if self._config.order == "one_pass":
             hidden = self._run(forward_batch, _OnePass(sparse, cache), rows.tokens, rows.positions)
@@ -105,8 +105,15 @@ class _KvCache:
     """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it."""
 
     def __init__(
-        self, model_runner: Any, slots: torch.Tensor, layout: Layout, group: RankGroup, replicate: bool
+        self,
+        model_runner: Any,
+        slots: torch.Tensor,
+        layout: Layout,
+        group: RankGroup,
+        replicate: bool,
+        on_layer: Callable[[int], None],
     ) -> None:
+        self._on_layer = on_layer
         self.pool = model_runner.token_to_kv_pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self._group = group
@@ -127,16 +134,23 @@ class _KvCache:
         return self._start(layer, k[rows.start : rows.end], v[rows.start : rows.end], self._context_slots)
 
     def start_question(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
-        """Starts keeping the question, the last rows of k and v.
+        """Starts keeping the question, the last rows of k and v. With it, and the context before, a layer is kept.
 
         Ranks that will decode all take rank 0's, for the same bits everywhere (see ApbBackend._logits).
         """
         num_rows = len(self._question_slots)
         if not self._replicate:
             self.pool.set_kv_buffer(layer, self._question_slots, k[-num_rows:], v[-num_rows:])
+            self._on_layer(layer.layer_id)
             return _nothing
         rows = torch.stack((k[-num_rows:], v[-num_rows:]), dim=1)
-        return self._finish_with(layer, self._group.broadcast(rows, 0), [self._question_slots])
+        finish = self._finish_with(layer, self._group.broadcast(rows, 0), [self._question_slots])
+
+        def finish_layer() -> None:
+            finish()
+            self._on_layer(layer.layer_id)
+
+        return finish_layer
 
     def _start(self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: list[torch.Tensor]) -> Callable[[], None]:
         if not self._replicate:

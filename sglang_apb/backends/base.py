@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,10 @@ class PrefillBackend(ABC):
         """The split of a prompt of `num_tokens`. Raises layout.LayoutError when it cannot be split."""
 
     @abstractmethod
-    def prefill(self, forward_batch: Any, plan: Any) -> Any:
+    def prefill(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Any:
         """Runs the model over the one request of `forward_batch` and writes its KV.
 
+        `on_layer` is called with each layer's number in turn, once the kernels that write its KV are under way.
         Returns SGLang's LogitsProcessorOutput for the prompt's last token, the same on all ranks.
         """
 

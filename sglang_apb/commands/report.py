@@ -18,7 +18,8 @@ def prefill_report(answer: Any) -> dict[str, Any]:
     """How the prompt of an answer, or of a stream's last chunk, was prefilled; {} if it does not say.
 
     `answer` is the JSON object of OpenAI's API or of `/generate`, or the `openai` client's object. Keys: method
-    ("apb" or "exact"), num_ranks, num_blocks, attention_share (of exact attention's work, 0 to 1), kv_bytes.
+    ("apb" or "exact"), num_ranks, num_blocks, attention_share (of exact attention's work, 0 to 1); with
+    disaggregation kv_bytes, and how many of them were sent before the prefill ended: kv_bytes_hidden.
     """
     fields = answer if isinstance(answer, Mapping) else answer.model_dump()
     return dict((fields.get("metadata") or fields.get("meta_info") or {}).get(FIELD) or {})

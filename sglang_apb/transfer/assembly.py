@@ -25,7 +25,7 @@ class Assembly:
 
     def __init__(self, item_lens: Sequence[int], num_pages: int, num_ranks: int):
         self.num_pages = num_pages
-        self.num_bytes = 0
+        self.num_bytes = self.num_hidden_bytes = 0
         self.info: dict[str, int | str] = {}
         self.aux: Buffer | None = None
         self._item_lens = np.asarray(item_lens, np.int64)
@@ -79,6 +79,7 @@ class Assembly:
         if len(self._ends) == len(self._ranges):
             if self.aux is None:
                 raise TransferError("No prefill rank sent the request's first token.")
+            self.num_hidden_bytes = sum(end.num_hidden_bytes for end in self._ends.values())
             self.info = self._merge_info()
 
     def _cells(self, block: Block) -> np.ndarray:

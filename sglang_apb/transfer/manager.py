@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVArgs
@@ -18,7 +18,7 @@ from sglang.srt.utils.network import get_local_ip_auto
 
 from sglang_apb.transfer.bootstrap import BACKEND, fetch_prefill_info
 from sglang_apb.transfer.compat import Compat, describe_model
-from sglang_apb.transfer.pages import open_host_memory, open_pool
+from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
@@ -33,6 +33,7 @@ class ZmqKVManager(CommonKVManager):
 
     sending: SendingEndpoint
     receiving: ReceivingEndpoint
+    num_layers: int
 
     def __init__(
         self,
@@ -62,13 +63,14 @@ class ZmqKVManager(CommonKVManager):
         Raises ValueError when the pool is not one buffer of keys and one of values a layer.
         """
         args = self.kv_args
-        buffers = [*(getattr(pool, "k_buffer", None) or ()), *(getattr(pool, "v_buffer", None) or ())]
-        if [buffer.data_ptr() for buffer in buffers] != list(args.kv_data_ptrs):
+        keys, values = list(getattr(pool, "k_buffer", None) or ()), list(getattr(pool, "v_buffer", None) or ())
+        if [buffer.data_ptr() for buffer in (*keys, *values)] != list(args.kv_data_ptrs):
             raise ValueError(
                 f"--disaggregation-transfer-backend {BACKEND} moves plain key and value pools only, not "
                 f"{type(pool).__name__} (with speculative decoding, a second pool): use mooncake or nixl."
             )
-        pages = open_pool(buffers, args.kv_data_lens, args.kv_item_lens)
+        self.num_layers = len(keys)
+        pages = open_pool(in_layers(keys, values), self._in_layers(args.kv_data_lens), self._item_lens())
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
@@ -105,6 +107,13 @@ class ZmqKVManager(CommonKVManager):
         super()._handle_node_failure(failed_bootstrap_addr)
         self.forget_prefill(failed_bootstrap_addr)
 
+    def _in_layers(self, of_buffers: Sequence[int]) -> list[int]:
+        half = len(of_buffers) // 2
+        return in_layers([int(value) for value in of_buffers[:half]], [int(value) for value in of_buffers[half:]])
+
+    def _item_lens(self) -> list[int]:
+        return self._in_layers(self.kv_args.kv_item_lens)
+
     def _describe(self, model_config: Any) -> Compat:
         args, config = self.kv_args, model_config.hf_text_config
         architectures = getattr(model_config.hf_config, "architectures", None) or ["unknown"]
@@ -115,7 +124,7 @@ class ZmqKVManager(CommonKVManager):
             kv_dtype=str(args.kv_cache_dtype_str),
             page_size=args.page_size,
             attn_tp_size=self.attn_tp_size,
-            kv_item_lens=[int(size) for size in args.kv_item_lens],
+            kv_item_lens=self._item_lens(),
             aux_item_lens=[int(size) for size in args.aux_item_lens],
         )
 

@@ -1,12 +1,15 @@
-"""The KV pool as rows of bytes: buffer b, page p is one row of `item_lens[b]` bytes."""
+"""The KV pool as rows of bytes: buffer b, page p is one row of `item_lens[b]` bytes.
+
+buffers = [K of layer 0 | V of layer 0 | K of layer 1 | V of layer 1 | ...]
+"""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,11 @@ import torch
 from sglang_apb.transfer.wire import Block, Buffer
 
 PageIds: TypeAlias = npt.NDArray[np.int64]
+# For ids that a GPU has to say: called when the bytes are final.
+PageIdsLater: TypeAlias = Callable[[], PageIds]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
+
+T = TypeVar("T")
 
 # Measured best for DEALER/ROUTER over TCP: 1 to 2 MB. Smaller ones cost calls, larger ones leave the caches.
 BLOCK_BYTES = 3 << 19
@@ -119,13 +126,22 @@ def open_host_memory(ptrs: Sequence[int], lens: Sequence[int], item_lens: Sequen
     return HostPages(arrays, item_lens)
 
 
-def plan_blocks(item_lens: Sequence[int], first_page: int, num_pages: int) -> Iterator[Block]:
-    """Cuts [first_page, first_page + num_pages) of all buffers into blocks of about BLOCK_BYTES."""
-    largest = max(item_lens)
+def in_layers(keys: Sequence[T], values: Sequence[T]) -> list[T]:
+    """SGLang's [K of all layers], [V of all layers] in the order of the buffers here."""
+    return [buffer for layer in zip(keys, values, strict=True) for buffer in layer]
+
+
+def layer_buffers(layer: int) -> range:
+    return range(2 * layer, 2 * layer + 2)
+
+
+def plan_blocks(item_lens: Sequence[int], buffers: range, first_page: int, num_pages: int) -> Iterator[Block]:
+    """Cuts [first_page, first_page + num_pages) of `buffers` into blocks of about BLOCK_BYTES."""
+    largest = max(item_lens[buffer] for buffer in buffers)
     pages_per_block = min(num_pages, max(1, BLOCK_BYTES // largest))
     buffers_per_block = max(1, BLOCK_BYTES // (largest * pages_per_block))
-    for buffer in range(0, len(item_lens), buffers_per_block):
-        num_buffers = min(buffers_per_block, len(item_lens) - buffer)
+    for buffer in range(buffers.start, buffers.stop, buffers_per_block):
+        num_buffers = min(buffers_per_block, buffers.stop - buffer)
         for page in range(0, num_pages, pages_per_block):
             count = min(pages_per_block, num_pages - page)
             yield Block(buffer, num_buffers, first_page + page, count)

@@ -32,6 +32,11 @@ class ZmqKVReceiver(CommonKVReceiver):
         return self._room.assembly.num_bytes if self._room else 0
 
     @property
+    def num_hidden_bytes(self) -> int:
+        """KV bytes that the ranks had sent before their prefill ended."""
+        return self._room.assembly.num_hidden_bytes if self._room else 0
+
+    @property
     def seconds(self) -> float:
         """From the first byte to the last; 0 before that."""
         return self._room.seconds if self._room else 0.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from sglang.srt.disaggregation.utils import _get_cp_rank_page_bounds
 
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.manager import ZmqKVManager
+from sglang_apb.transfer.outbox import IsFinal, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.sending import SendRoom, SendState
+from sglang_apb.transfer.pages import PageIdsLater
 from sglang_apb.transfer.wire import check_info
 
 _POLL = {
@@ -48,6 +50,7 @@ class ZmqKVSender(CommonKVSender):
         self._info: dict[str, int | str] = {}
         self._prefix_pages = 0
         self._announced = False
+        self._streamed: set[int] = set()
         self._last_send = 0.0
         try:
             self._room: SendRoom = mgr.sending.open(bootstrap_room)
@@ -94,6 +97,20 @@ class ZmqKVSender(CommonKVSender):
         self._prefix_pages = prefix_tokens // self.kv_mgr.kv_args.page_size
         return prefix_tokens
 
+    def stream_layer(self, layer: int, page_ids: PageIdsLater, is_final: IsFinal = always) -> None:
+        """Queues this rank's part of `layer`, before the prefill has ended.
+
+        `page_ids` gives the pool's pages of the whole request, after the decode server's prefix; it is called, and
+        the pool read, once `is_final` says that the layer's KV is written. Layers that are not streamed follow with
+        the request's one `send`. Call it after `set_owned_pages`.
+        """
+        if not self._can_send() or layer in self._streamed:
+            return
+        for pages in self._announce():
+            ids = partial(_part, page_ids, pages)
+            self.kv_mgr.sending.send_pages(self._room, pages, ids, [layer], is_final)
+        self._streamed.add(layer)
+
     def send(
         self,
         kv_indices: npt.NDArray[np.int32],
@@ -101,17 +118,17 @@ class ZmqKVSender(CommonKVSender):
         num_kv_tokens: int | None = None,
     ) -> None:
         """Queues this rank's part of the request's next pages, `kv_indices` in the pool, which are final."""
-        if self._room.closed or self._room.state is not SendState.ASKED or not self._check_num_pages():
+        if not self._can_send():
             return
-        endpoint, owned = self.kv_mgr.sending, self._owned_of_sent()
-        if not self._announced:
-            self._announced = True
-            endpoint.announce(self._room, owned)
         first, self.curr_idx = self.curr_idx, self.curr_idx + len(kv_indices)
-        wait = self._take_wait()
-        for start, end in ownership.clip(owned, (first, self.curr_idx)):
+        if self._streamed and len(kv_indices) != self.num_kv_indices:
+            self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
+            return
+        endpoint, is_final = self.kv_mgr.sending, self._take_is_final()
+        layers = [layer for layer in range(self.kv_mgr.num_layers) if layer not in self._streamed]
+        for start, end in ownership.clip(self._announce(), (first, self.curr_idx)):
             ids = kv_indices[start - first : end - first].astype(np.int64)
-            endpoint.send_pages(self._room, start, ids, wait)
+            endpoint.send_pages(self._room, (start, end), partial(_same, ids), layers, is_final)
         if self.curr_idx == self.num_kv_indices:
             aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 else None
             endpoint.finish(self._room, aux_index, self._info)
@@ -149,6 +166,18 @@ class ZmqKVSender(CommonKVSender):
     def get_transfer_metric(self) -> KVTransferMetric:
         return KVTransferMetric(transfer_latency_s=self.seconds, transfer_total_bytes=self.num_bytes)
 
+    def _can_send(self) -> bool:
+        return self._room.is_sending and self._check_num_pages()
+
+    def _announce(self) -> list[PageRange]:
+        """The pages that this rank sends; the decode server hears of them first."""
+        owned = self._owned_of_sent()
+        if not self._announced:
+            self._announced = True
+            self._last_send = time.time()
+            self.kv_mgr.sending.announce(self._room, owned)
+        return owned
+
     def _owned_of_sent(self) -> list[PageRange]:
         """The owned ranges, counted from the first page that is sent (after the decode server's prefix)."""
         if self._owned is None:
@@ -183,7 +212,15 @@ class ZmqKVSender(CommonKVSender):
     def _close(self, reason: str) -> None:
         self.kv_mgr.sending.close(self._room, reason)
 
-    def _take_wait(self) -> Callable[[], None] | None:
+    def _take_is_final(self) -> IsFinal:
         """SGLang sends a cached prefix before the batch that may be writing it has ended, with this event."""
         event = self.__dict__.pop("_early_send_wait_event", None)
-        return event.synchronize if event is not None else None
+        return always if event is None else event.query
+
+
+def _part(page_ids: PageIdsLater, pages: PageRange) -> npt.NDArray[np.int64]:
+    return page_ids()[slice(*pages)]
+
+
+def _same(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return ids

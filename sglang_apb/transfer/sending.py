@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,8 +16,9 @@ import zmq
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.loop import SocketLoop, receive
+from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import PageIds, Pages, plan_blocks
+from sglang_apb.transfer.pages import PageIdsLater, Pages, layer_buffers, plan_blocks
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
@@ -28,42 +28,6 @@ SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
 MAX_EARLY_ASKS = 1 << 16
 MAX_FRAMES_A_TURN = 64
-
-Frames = Iterator[list[Buffer]]
-
-
-class SendState(Enum):
-    UNASKED = "the decode server has not asked yet"
-    ASKED = "the decode server's pages are ready"
-    DONE = "the decode server has everything"
-    FAILED = "failed"
-
-
-@dataclass(eq=False)
-class SendRoom:
-    """One request's transfer. State changes happen in the loop's thread; any thread may read them.
-
-    `closed` is set by the owner before the request's pages are freed: a block that is still being gathered
-    then is not sent any more.
-    """
-
-    room: int
-    state: SendState = SendState.UNASKED
-    reason: str = ""
-    ask: Ask | None = None
-    attempt: int = 0
-    identity: bytes = b""
-    closed: bool = False
-    num_bytes: int = 0
-    started: float = 0.0
-    finished: float = 0.0
-    outbox: deque[Frames] = field(default_factory=deque)
-    unsent: list[Buffer] | None = None
-
-    @property
-    def seconds(self) -> float:
-        """From the first `send` to the decode server's "done"."""
-        return max(0.0, self.finished - self.started)
 
 
 @dataclass(frozen=True)
@@ -96,7 +60,7 @@ class SendingEndpoint(SocketLoop):
         self._given_up: dict[int, _Early] = {}
         self._early_ask_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
-        self._blocked = 0
+        self._num_waiting = 0
 
     def start_sending(self, pages: Pages, aux: Pages, compat: Compat) -> None:
         self._pages, self._aux, self._compat = pages, aux, compat
@@ -117,18 +81,22 @@ class SendingEndpoint(SocketLoop):
 
     def announce(self, room: SendRoom, ranges: Sequence[PageRange]) -> None:
         """Says which pages this rank sends; before any `send_pages`."""
-        room.started = time.monotonic()
+        room.start()
         self._put(room, lambda: iter([self._message(room, Announce(list(ranges)))]))
 
-    def send_pages(self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None = None) -> None:
-        """Queues pages [first_page, + len(ids)) of the request, which are pages `ids` of the pool.
+    def send_pages(
+        self, room: SendRoom, pages: PageRange, ids: PageIdsLater, layers: Sequence[int], is_final: IsFinal = always
+    ) -> None:
+        """Queues pages [start, end) of the request in `layers`; `ids` gives where they are in the pool.
 
-        `wait` is called before the first byte is read, when the pages are not final yet.
+        Nothing is read, and `ids` not called, before `is_final` says that it may be.
         """
-        self._put(room, lambda: self._blocks(room, first_page, ids, wait))
+        for layer in layers:
+            self._put(room, partial(self._blocks, room, pages, ids, layer), is_final)
 
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
-        """Queues the aux row (None on ranks that do not hold it) and the end."""
+        """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
+        room.num_hidden_bytes = room.num_bytes
         self._put(room, lambda: self._tail(room, aux_index, dict(info)))
 
     def close(self, room: SendRoom, reason: str = "") -> None:
@@ -147,28 +115,29 @@ class SendingEndpoint(SocketLoop):
         room = self._busy.popleft()
         if self._send_next(room):
             self._busy.appendleft(room)
-            self._blocked = 0
-        elif room.unsent is not None:
+            self._num_waiting = 0
+        elif room.has_more:
             self._busy.append(room)
-            self._blocked += 1
-        return RETRY_MS if self._blocked >= len(self._busy) > 0 else 0 if self._busy else None
+            self._num_waiting += 1
+        return RETRY_MS if self._num_waiting >= len(self._busy) > 0 else 0 if self._busy else None
 
-    def _put(self, room: SendRoom, frames: Callable[[], Frames]) -> None:
+    def _put(self, room: SendRoom, frames: Callable[[], Frames], is_final: IsFinal = always) -> None:
         def enqueue() -> None:
-            if room.closed or room.state is not SendState.ASKED:
+            if not room.is_sending:
                 return
-            room.outbox.append(frames())
+            room.outbox.append(Parcel(frames(), is_final))
             if room not in self._busy:
                 self._busy.append(room)
 
         self.call(enqueue)
 
     def _send_next(self, room: SendRoom) -> bool:
-        """Sends one frame. False when there is nothing to send or the decode server is not keeping up."""
+        """Sends one frame. False when there is none that is final, or the decode server is not keeping up."""
         frame = room.unsent or self._next_frame(room)
         room.unsent = None
-        if frame is None or room.closed or room.state is not SendState.ASKED:
-            room.outbox.clear()
+        if not room.is_sending:
+            room.clear()
+        if frame is None or not room.is_sending:
             return False
         try:
             self._socket.send_multipart([room.identity, *frame], zmq.NOBLOCK, copy=False)
@@ -181,25 +150,21 @@ class SendingEndpoint(SocketLoop):
         return True
 
     def _next_frame(self, room: SendRoom) -> list[Buffer] | None:
-        while room.outbox and not room.closed:
-            try:
-                frame = next(room.outbox[0], None)
-            except Exception as error:
-                logger.exception("KV transfer: could not read the pages of room %d", room.room)
-                self._fail(room, f"The prefill server could not read the request's pages: {error!r}.")
-                self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
-                return None
-            if frame is not None:
-                return frame
-            room.outbox.popleft()
-        return None
+        try:
+            return room.next_frame() if room.is_sending else None
+        except Exception as error:
+            logger.exception("KV transfer: could not read the pages of room %d", room.room)
+            self._fail(room, f"The prefill server could not read the request's pages: {error!r}.")
+            self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
+            return None
 
-    def _blocks(self, room: SendRoom, first_page: int, ids: PageIds, wait: Callable[[], None] | None) -> Frames:
-        if wait is not None:
-            wait()
-        for block in plan_blocks(self._pages.item_lens, first_page, len(ids)):
+    def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, layer: int) -> Frames:
+        first_page, end_page = pages
+        ids_of_pages = ids()
+        for block in plan_blocks(self._pages.item_lens, layer_buffers(layer), first_page, end_page - first_page):
             start = block.first_page - first_page
-            payload = self._pages.gather(block.first_buffer, block.num_buffers, ids[start : start + block.num_pages])
+            ids_of_block = ids_of_pages[start : start + block.num_pages]
+            payload = self._pages.gather(block.first_buffer, block.num_buffers, ids_of_block)
             room.num_bytes += payload.nbytes
             yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), payload.data)
 
@@ -207,7 +172,7 @@ class SendingEndpoint(SocketLoop):
         if aux_index is not None:
             row = self._aux.gather(0, len(self._aux.item_lens), np.array([aux_index], np.int64))
             yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data)
-        yield self._message(room, End(room.num_bytes, info))
+        yield self._message(room, End(room.num_bytes, room.num_hidden_bytes, info))
 
     def _message(self, room: SendRoom, message: wire.Message) -> list[Buffer]:
         return wire.pack_message(message, room.room, room.attempt)
@@ -285,7 +250,7 @@ class SendingEndpoint(SocketLoop):
             room.state = SendState.DONE
 
     def _drop(self, room: SendRoom, reason: str) -> None:
-        room.outbox.clear()
+        room.clear()
         if room.state is SendState.ASKED:
             self._reply(room.identity, self._message(room, Stop(reason[:2000])))
         elif room.state is SendState.UNASKED:
@@ -298,7 +263,7 @@ class SendingEndpoint(SocketLoop):
         if room.state is not SendState.DONE:
             room.reason = reason
             room.state = SendState.FAILED
-        room.outbox.clear()
+        room.clear()
 
     def _reply(self, identity: bytes, frame: list[Buffer]) -> None:
         try:

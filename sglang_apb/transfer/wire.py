@@ -25,7 +25,7 @@ from msgspec import Meta
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 1
+VERSION = 2
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
@@ -39,6 +39,7 @@ _BLOCK = struct.Struct("!IIII")
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
 PageNumber = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
+ByteCount = Annotated[int, Meta(ge=0, le=1 << 62)]
 InfoText = Annotated[str, Meta(max_length=256)]
 InfoNumber = Annotated[int, Meta(ge=-(1 << 62), le=1 << 62)]
 Info = Annotated[dict[Annotated[str, Meta(max_length=64)], InfoNumber | InfoText], Meta(max_length=MAX_INFO_ENTRIES)]
@@ -110,9 +111,11 @@ class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class End(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Prefill to decode, last: the KV bytes this rank sent, and what it has to tell about the prefill."""
+    """Prefill to decode, last: the KV bytes this rank sent, how many of them before the prefill ended, and what it
+    has to tell about the prefill."""
 
-    num_bytes: Annotated[int, Meta(ge=0, le=1 << 62)]
+    num_bytes: ByteCount
+    num_hidden_bytes: ByteCount
     info: Info
 
 

@@ -1,0 +1,88 @@
+"""Prefill side: one request's transfer, and what of it waits to be sent."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TypeAlias
+
+from sglang_apb.transfer.wire import Ask, Buffer
+
+Frames: TypeAlias = Iterator[list[Buffer]]
+# Whether the bytes behind frames can be read: a GPU may still be writing them. Never blocks.
+IsFinal: TypeAlias = Callable[[], bool]
+
+
+class SendState(Enum):
+    UNASKED = "the decode server has not asked yet"
+    ASKED = "the decode server's pages are ready"
+    DONE = "the decode server has everything"
+    FAILED = "failed"
+
+
+def always() -> bool:
+    """For bytes that are final when they are queued."""
+    return True
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Frames that become readable together. They are made only then, one at a time."""
+
+    frames: Frames
+    is_final: IsFinal = always
+
+
+@dataclass(eq=False)
+class SendRoom:
+    """One request's transfer. State changes happen in the loop's thread; any thread may read them.
+
+    `closed` is set by the owner before the request's pages are freed: a block that is still being gathered
+    then is not sent any more.
+    """
+
+    room: int
+    state: SendState = SendState.UNASKED
+    reason: str = ""
+    ask: Ask | None = None
+    attempt: int = 0
+    identity: bytes = b""
+    closed: bool = False
+    num_bytes: int = 0
+    num_hidden_bytes: int = 0
+    started: float = 0.0
+    finished: float = 0.0
+    outbox: deque[Parcel] = field(default_factory=deque)
+    unsent: list[Buffer] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte queued to the decode server's "done"."""
+        return max(0.0, self.finished - self.started)
+
+    @property
+    def is_sending(self) -> bool:
+        return not self.closed and self.state is SendState.ASKED
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+
+    def next_frame(self) -> list[Buffer] | None:
+        """None when nothing is left, or nothing that is final. Raises what reading the pages raises."""
+        while self.outbox and self.outbox[0].is_final():
+            frame = next(self.outbox[0].frames, None)
+            if frame is not None:
+                return frame
+            self.outbox.popleft()
+        return None
+
+    def clear(self) -> None:
+        self.outbox.clear()
+        self.unsent = None
+
+    @property
+    def has_more(self) -> bool:
+        return self.unsent is not None or bool(self.outbox)
