@@ -16,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[], None]
 
+# A connection over which nothing came for PING_MS + SILENCE_MS is closed: its host or process is dead or stopped. ZMQ's
+# own thread asks and answers, so a busy scheduler is not taken for a dead one. With PROBE_MS (sending.py): under 5 s.
+PING_MS = 1000
+SILENCE_MS = 2500
+
 
 class SocketLoop:
     """Runs socket handlers and commands of other threads in one thread, until `stop`.
@@ -92,6 +97,14 @@ class SocketLoop:
         except Exception:
             logger.exception("KV transfer: a frame or command failed; the transfer thread goes on")
             return None
+
+
+def notice_silence(socket: zmq.Socket) -> None:
+    """Before `bind` or `connect`: lets ZMQ close connections to peers that are silent, or never speak."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, PING_MS + SILENCE_MS)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, PING_MS + SILENCE_MS)
 
 
 def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> list[Buffer] | None:

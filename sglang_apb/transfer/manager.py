@@ -16,8 +16,9 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.network import get_local_ip_auto
 
-from sglang_apb.transfer.bootstrap import BACKEND, fetch_prefill_info
+from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
+from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -49,6 +50,7 @@ class ZmqKVManager(CommonKVManager):
         self.enable_all_cp_ranks_for_transfer = True
         self.is_dummy_cp_rank = False
         self.refusals: dict[str, str] = {}
+        self._directory = PrefillDirectory(self._resolve_rank_mapping)
         self.server_socket.close(linger=0)
 
     def register_to_bootstrap(self) -> None:
@@ -81,18 +83,17 @@ class ZmqKVManager(CommonKVManager):
             self._start_heartbeat_checker_thread()
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """SGLang's, except that a server that does not fit fails requests, not the scheduler."""
+        """SGLang's, except that it never waits for a server, and one that does not fit fails requests only."""
         if bootstrap_addr in self.prefill_info_table:
             return True
-        info, refusal = fetch_prefill_info(bootstrap_addr)
-        if info is None:
+        entry = self._directory.find(bootstrap_addr)
+        if entry is None:
             return False
-        if refusal:
-            logger.error(refusal)
-            self.refusals[bootstrap_addr] = refusal
-        else:
-            self._resolve_rank_mapping(info)
-        self.prefill_info_table[bootstrap_addr] = info
+        if entry.refusal:
+            self.refusals[bootstrap_addr] = entry.refusal
+        with self.connection_lock:
+            self.connection_pool.update(entry.ranks)
+            self.prefill_info_table[bootstrap_addr] = entry.info
         return True
 
     def forget_prefill(self, bootstrap_addr: str) -> None:

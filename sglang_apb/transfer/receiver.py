@@ -43,9 +43,12 @@ class ZmqKVReceiver(CommonKVReceiver):
 
     def init(self, prefill_dp_rank: int) -> None:
         if refusal := self.kv_mgr.refusals.get(self.bootstrap_addr):
+            self.kv_mgr.forget_prefill(self.bootstrap_addr)  # it may have been restarted when the next request comes
             self._fail(refusal)
             return
         super().init(prefill_dp_rank)
+        if self.conclude_state is None and self.bootstrap_infos:
+            self.kv_mgr.receiving.expect(self.bootstrap_room, self._ranks(), self._lose_ranks)
 
     def send_metadata(
         self,
@@ -111,6 +114,11 @@ class ZmqKVReceiver(CommonKVReceiver):
         timed_out = self._check_waiting_timeout()
         return KVPoll.WaitingForInput if timed_out is None else timed_out
 
+    def _lose_ranks(self, reason: str) -> None:
+        """A prefill rank is gone while this request waits for KV memory. Called by the endpoint's thread."""
+        self.kv_mgr.forget_prefill(self.bootstrap_addr)
+        self._fail(reason)
+
     def _fail(self, reason: str) -> None:
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
         self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
@@ -130,3 +138,5 @@ class ZmqKVReceiver(CommonKVReceiver):
     def _close(self, reason: str) -> None:
         if self._room is not None:
             self.kv_mgr.receiving.close(self._room, reason)
+        else:
+            self.kv_mgr.receiving.expect_no_more(self.bootstrap_room)

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -19,7 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.loop import SocketLoop, receive
+from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
 from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
@@ -66,6 +66,14 @@ class ReceiveRoom:
 
 
 @dataclass(frozen=True, eq=False)
+class _Expected:
+    """A request that waits for KV memory, before its transfer is opened."""
+
+    ranks: tuple[Address, ...]
+    on_lost: Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
 class _Peer:
     address: Address
     socket: zmq.Socket
@@ -79,6 +87,20 @@ class ReceivingEndpoint(SocketLoop):
         self._peers: dict[Address, _Peer] = {}
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
+        self._expected: dict[int, _Expected] = {}
+
+    def expect(self, room: int, ranks: Sequence[Address], on_lost: Callable[[str], None]) -> None:
+        """Tells the ranks that they will be asked for a room, and watches them until it is opened.
+
+        When one of them is gone, or gives the room up, `on_lost` is called with the reason, in this endpoint's thread.
+        """
+        with self._lock:
+            self._expected[room] = _Expected(tuple(ranks), on_lost)
+        self.call(partial(self._send_all, ranks, wire.pack(Kind.EXPECT, room, 0)))
+
+    def expect_no_more(self, room: int) -> None:
+        with self._lock:
+            self._expected.pop(room, None)
 
     def open(
         self, room: int, ranks: Sequence[Address], pages: PageIds, aux_index: int, prefix_tokens: int = 0
@@ -95,8 +117,9 @@ class ReceivingEndpoint(SocketLoop):
             if room in self._rooms:
                 raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
             self._rooms[room] = opened
+            self._expected.pop(room, None)
         ask = Ask(self._compat, len(pages), prefix_tokens)
-        self.call(partial(self._send_all, opened, wire.pack_message(ask, room, opened.attempt)))
+        self.call(partial(self._send_all, ranks, wire.pack_message(ask, room, opened.attempt)))
         return opened
 
     def close(self, room: ReceiveRoom, reason: str = "") -> None:
@@ -114,11 +137,11 @@ class ReceivingEndpoint(SocketLoop):
     def refuse(self, room: int, ranks: Sequence[Address], reason: str, attempt: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
         frame = wire.pack_message(Stop(reason[:2000]), room, attempt)
-        for address in ranks:
-            self.call(partial(self._send, address, frame))
+        self.expect_no_more(room)
+        self.call(partial(self._send_all, ranks, frame))
 
-    def _send_all(self, room: ReceiveRoom, frame: list[Buffer]) -> None:
-        for address in room.ranks:
+    def _send_all(self, ranks: Sequence[Address], frame: list[Buffer]) -> None:
+        for address in ranks:
             self._send(address, frame)
 
     def _send(self, address: Address, frame: list[Buffer]) -> None:
@@ -139,6 +162,7 @@ class ReceivingEndpoint(SocketLoop):
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         socket.setsockopt(zmq.MAXMSGSIZE, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
         socket.setsockopt(zmq.LINGER, 0)
+        notice_silence(socket)
         monitor = socket.get_monitor_socket(_LOST)
         peer = _Peer(address, socket, monitor)
         self.watch(socket, partial(self._receive_some, peer))
@@ -159,9 +183,18 @@ class ReceivingEndpoint(SocketLoop):
             self.forget(peer.socket)
         with self._lock:
             affected = [room for room in self._rooms.values() if address in room.ranks]
+            waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
         for room in affected:
             room.lost_rank = True
             self._fail(room, reason)
+        for room_id in waiting:
+            self._disappoint(room_id, reason)
+
+    def _disappoint(self, room: int, reason: str) -> None:
+        with self._lock:
+            expected = self._expected.pop(room, None)
+        if expected is not None:
+            expected.on_lost(reason)
 
     def _receive_some(self, peer: _Peer) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -173,8 +206,13 @@ class ReceivingEndpoint(SocketLoop):
                 logger.warning("KV transfer: dropped a frame from %s: %s", _name(peer.address), error)
 
     def _dispatch(self, peer: _Peer, frame: Frame) -> None:
+        if frame.kind is Kind.PING:
+            return
         with self._lock:
-            room = self._rooms.get(frame.room)
+            room, expected = self._rooms.get(frame.room), self._expected.get(frame.room)
+        if expected is not None and frame.kind is Kind.STOP and peer.address in expected.ranks:
+            self._disappoint(frame.room, wire.parse_message(frame, Stop).reason)
+            return
         if room is None or room.attempt != frame.attempt or peer.address not in room.ranks:
             logger.debug("KV transfer: ignored %s for room %d: not open", frame.kind.name, frame.room)
             return
@@ -187,7 +225,7 @@ class ReceivingEndpoint(SocketLoop):
                 self._fail(room, str(error))
                 return
         if room.state is ReceiveState.COMPLETE:
-            self._send_all(room, wire.pack(Kind.DONE, room.room, room.attempt))
+            self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt))
 
     def _take(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         assembly = room.assembly

@@ -15,7 +15,7 @@ import zmq
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
-from sglang_apb.transfer.loop import SocketLoop, receive
+from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater, Pages, layer_buffers, plan_blocks
@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 # Bounds what waits in this process for a slow decode server: about 12 MB of blocks each.
 SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
+PROBE_MS = 500
 MAX_EARLY_ASKS = 1 << 16
 MAX_FRAMES_A_TURN = 64
+_PING = wire.pack(Kind.PING, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class SendingEndpoint(SocketLoop):
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
+        notice_silence(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         self._lock = threading.Lock()
         self._rooms: dict[int, SendRoom] = {}
@@ -61,6 +64,7 @@ class SendingEndpoint(SocketLoop):
         self._early_ask_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
         self._num_waiting = 0
+        self._next_probe = 0.0
 
     def start_sending(self, pages: Pages, aux: Pages, compat: Compat) -> None:
         self._pages, self._aux, self._compat = pages, aux, compat
@@ -110,8 +114,13 @@ class SendingEndpoint(SocketLoop):
         self.call(partial(self._drop, room, reason or "The prefill server gave the request up."))
 
     def work(self) -> int | None:
-        if not self._busy:
-            return None
+        if time.monotonic() >= self._next_probe:
+            self._next_probe = time.monotonic() + PROBE_MS / 1000
+            self._probe()
+        return self._send_some() if self._busy else PROBE_MS
+
+    def _send_some(self) -> int:
+        """Sends one frame of one request. Returns how many milliseconds to wait before the next."""
         room = self._busy.popleft()
         if self._send_next(room):
             self._busy.appendleft(room)
@@ -119,7 +128,33 @@ class SendingEndpoint(SocketLoop):
         elif room.has_more:
             self._busy.append(room)
             self._num_waiting += 1
-        return RETRY_MS if self._num_waiting >= len(self._busy) > 0 else 0 if self._busy else None
+        if not self._busy:
+            return PROBE_MS
+        return RETRY_MS if self._num_waiting >= len(self._busy) else 0
+
+    def _probe(self) -> None:
+        """Finds decode servers whose connection is gone: ZMQ tells only one who sends."""
+        with self._lock:
+            identities = {room.identity for room in self._rooms.values()}
+            identities |= {early.identity for early in self._early.values()}
+        for identity in identities - {b""}:
+            try:
+                self._socket.send_multipart([identity, *_PING], zmq.NOBLOCK)
+            except zmq.Again:
+                continue  # there, and busy with what was sent before
+            except zmq.ZMQError as error:
+                self._lose(identity, f"Lost the connection to the decode server ({error}).")
+
+    def _lose(self, identity: bytes, reason: str) -> None:
+        """Fails what a decode server that is gone had asked for, or was going to."""
+        with self._lock:
+            rooms = [room for room in self._rooms.values() if room.identity == identity]
+            for room_id, early in self._early.items():
+                if early.identity == identity:
+                    gone = Frame(Kind.STOP, room_id, 0)
+                    self._early[room_id] = _Early(b"", gone, None, reason, early.expires)
+        for room in rooms:
+            self._fail(room, reason)
 
     def _put(self, room: SendRoom, frames: Callable[[], Frames], is_final: IsFinal = always) -> None:
         def enqueue() -> None:
@@ -145,7 +180,7 @@ class SendingEndpoint(SocketLoop):
             room.unsent = frame
             return False
         except zmq.ZMQError as error:
-            self._fail(room, f"Lost the connection to the decode server ({error}).")
+            self._lose(room.identity, f"Lost the connection to the decode server ({error}).")
             return False
         return True
 
@@ -198,6 +233,8 @@ class SendingEndpoint(SocketLoop):
             ask = wire.parse_message(frame, Ask)
             reason = find_difference(self._compat, ask.compat) or ""
             self._settle(frame.room, _Early(identity, frame, ask, reason, self._expiry()))
+        elif frame.kind is Kind.EXPECT:
+            self._settle(frame.room, _Early(identity, frame, None, "", self._expiry()))
         elif frame.kind is Kind.STOP:
             reason = wire.parse_message(frame, Stop).reason
             self._settle(frame.room, _Early(identity, frame, None, reason, self._expiry()))
@@ -216,15 +253,21 @@ class SendingEndpoint(SocketLoop):
         reason = early.reason or (given_up.reason if given_up else "")
         if room is not None:
             self._apply(room, early)
-        elif reason and early.frame.kind is Kind.ASK:
+        elif reason and early.frame.kind in (Kind.ASK, Kind.EXPECT):
             self._reply(early.identity, wire.pack_message(Stop(reason), room_id, early.frame.attempt))
 
     def _is_news(self, room_id: int, early: _Early) -> bool:
         """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
         frame, before = early.frame, self._early.get(room_id)
+        if frame.kind is Kind.EXPECT:
+            return before is None
         return frame.kind is Kind.ASK or frame.attempt == 0 or _same_ask(before, early)
 
     def _apply(self, room: SendRoom, early: _Early, was_early: bool = False) -> None:
+        if early.frame.kind is Kind.EXPECT:
+            if room.state is SendState.UNASKED:
+                room.identity = early.identity
+            return
         if early.frame.kind is Kind.STOP:
             unasked = room.state is SendState.UNASKED and (was_early or early.frame.attempt == 0)
             if unasked or (room.identity, room.attempt) == (early.identity, early.frame.attempt):
@@ -254,6 +297,8 @@ class SendingEndpoint(SocketLoop):
         if room.state is SendState.ASKED:
             self._reply(room.identity, self._message(room, Stop(reason[:2000])))
         elif room.state is SendState.UNASKED:
+            if room.identity:
+                self._reply(room.identity, wire.pack_message(Stop(reason[:2000]), room.room, 0))
             given_up = _Early(b"", Frame(Kind.STOP, room.room, 0), None, reason[:2000], self._expiry())
             with self._lock:
                 if room.room not in self._rooms:

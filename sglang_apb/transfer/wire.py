@@ -66,6 +66,8 @@ class Kind(IntEnum):
     END = 5
     DONE = 6
     STOP = 7
+    EXPECT = 8  # decode to prefill: an ASK for this room will follow when there is memory for its KV
+    PING = 9  # prefill to decode: nothing; sending it shows whether the connection is still there
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,203 @@
+"""Peers in processes of their own that are killed or stopped: noticed within 5 s, and nobody else is held up."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+import pytest
+from transfer_peers import AUX_LENS, COMPAT, ITEM_LENS, Cluster, asked, cluster, make_pages, received, rows, wait_for
+
+from sglang_apb.transfer.outbox import SendRoom, SendState
+from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
+
+PROMISE_S = 5.0
+IDS = np.arange(40, 60)
+FAULTS = (signal.SIGKILL, signal.SIGSTOP)
+
+
+def never() -> bool:
+    return False
+
+
+# children
+
+
+def decode_server(pipe: Connection, port: int, stage: str) -> None:
+    """Expects room 1, or asks for it."""
+    receiver = ReceivingEndpoint(make_pages(None), make_pages(None, AUX_LENS, 8), COMPAT)
+    receiver.start()
+    if stage == "expected":
+        receiver.expect(1, [("127.0.0.1", port)], print)
+    else:
+        receiver.open(1, [("127.0.0.1", port)], IDS, 0)
+    pipe.send("there")
+    pipe.recv()
+
+
+def prefill_server(pipe: Connection) -> None:
+    """Serves room 1: announces and sends its first layer when it is asked; goes on with the others when told to."""
+    sender = SendingEndpoint("127.0.0.1")
+    sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT)
+    room = sender.open(1)
+    pipe.send(sender.port)
+    while not asked(room):
+        pass
+    sender.announce(room, [(0, 20)])
+    sender.send_pages(room, (0, 20), IDS.copy, [0])
+    pipe.recv()
+    sender.send_pages(room, (0, 20), IDS.copy, [1, 2])
+    sender.finish(room, 0, {})
+    pipe.send("sent")
+    pipe.recv()
+
+
+@contextlib.contextmanager
+def child(target: Callable[..., None], *args: Any) -> Iterator[tuple[BaseProcess, Connection]]:
+    context = multiprocessing.get_context("spawn")
+    pipe, its_end = context.Pipe()
+    process = context.Process(target=target, args=(its_end, *args), daemon=True)
+    process.start()
+    try:
+        yield process, pipe
+    finally:
+        process.kill()
+        process.join()
+
+
+def strike(process: BaseProcess, fault: signal.Signals) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, fault)
+
+
+def check_others_go_on(peers: Cluster, room_id: int) -> None:
+    decode, room = peers.ask(room_id, IDS), peers.senders[0].open(room_id)
+    assert asked(room), room.reason
+    peers.senders[0].announce(room, [(0, 20)])
+    peers.senders[0].send_pages(room, (0, 20), IDS.copy, range(3))
+    peers.senders[0].finish(room, 0, {})
+    assert received(decode), decode.reason
+    assert rows(peers.pool, IDS) == rows(peers.pools[0], IDS)
+    peers.receiver.close(decode)
+    peers.senders[0].close(room)
+
+
+# a decode server
+
+
+def send_until(stage: str, sender: SendingEndpoint, room: SendRoom) -> None:
+    if stage in ("expected", "asked"):
+        return
+    sender.announce(room, [(0, 20)])
+    sender.send_pages(room, (0, 20), IDS.copy, [0])
+    if stage == "sending":
+        sender.send_pages(room, (0, 20), IDS.copy, [1], never)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", ["expected", "asked", "sending", "sent"])
+def test_a_decode_server_that_dies_is_noticed(stage: str, fault: signal.Signals) -> None:
+    with cluster() as peers:
+        sender = peers.senders[0]
+        room = sender.open(1)
+        with child(decode_server, sender.port, stage) as (process, pipe):
+            assert pipe.poll(30) and pipe.recv() == "there"
+            assert wait_for(lambda: room.identity != b"")
+            if stage != "expected":
+                assert asked(room)
+            send_until(stage, sender, room)
+            if stage == "sent":  # it cannot say any more that it has got everything
+                os.kill(process.pid or 0, signal.SIGSTOP)
+                sender.send_pages(room, (0, 20), IDS.copy, [1, 2])
+                sender.finish(room, 0, {})
+                assert wait_for(lambda: room.num_bytes == 20 * sum(ITEM_LENS))
+            strike(process, fault)
+            check_others_go_on(peers, 2)
+            assert wait_for(lambda: room.state is SendState.FAILED, PROMISE_S)
+            assert "Lost the connection to the decode server" in room.reason
+            assert not room.outbox and room.unsent is None
+            check_others_go_on(peers, 3)
+            sender.close(room)
+            check_others_go_on(peers, 1)
+
+
+def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> None:
+    with cluster() as peers, child(decode_server, peers.senders[0].port, "expected") as (process, pipe):
+        assert pipe.poll(30) and pipe.recv() == "there"
+        assert wait_for(lambda: 1 in peers.senders[0]._early)
+        strike(process, signal.SIGKILL)
+        assert wait_for(lambda: peers.senders[0]._early[1].reason != "", PROMISE_S)
+        room = peers.senders[0].open(1)
+        assert wait_for(lambda: room.state is SendState.FAILED, 1)
+
+
+# a prefill server
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", ["expected", "asked", "receiving"])
+def test_a_prefill_rank_that_dies_is_noticed(stage: str, fault: signal.Signals) -> None:
+    """It is one of two; the other one lives, and answers for its part."""
+    lost: list[str] = []
+    with cluster() as peers, child(prefill_server) as (process, pipe):
+        assert pipe.poll(30)
+        ranks = [("127.0.0.1", pipe.recv()), *peers.addresses]
+        other = peers.senders[0].open(1)
+        room: ReceiveRoom | None = None
+        if stage == "expected":
+            peers.receiver.expect(1, ranks, lost.append)
+            assert wait_for(lambda: other.identity != b"")
+        else:
+            room = peers.receiver.open(1, ranks, IDS, 0)
+            assert asked(other)
+        if stage == "receiving" and room is not None:
+            assert wait_for(lambda: room.assembly.num_bytes > 0)
+        strike(process, fault)
+        check_others_go_on(peers, 2)
+        assert wait_for(lambda: bool(lost) if room is None else room.state is ReceiveState.FAILED, PROMISE_S)
+        reason = lost[0] if room is None else room.reason
+        assert f"Lost the connection to prefill rank 127.0.0.1:{ranks[0][1]}" in reason
+        if room is not None:
+            peers.receiver.close(room, reason)
+            assert wait_for(lambda: other.state is SendState.FAILED)
+            assert other.reason == reason, "the rank that lives gives up, and says why"
+        check_others_go_on(peers, 3)
+
+
+def test_what_a_stopped_rank_sends_late_changes_nothing() -> None:
+    with cluster() as peers, child(prefill_server) as (process, pipe):
+        assert pipe.poll(30)
+        ranks = [("127.0.0.1", pipe.recv())]
+        room = peers.receiver.open(1, ranks, IDS, 0)
+        assert wait_for(lambda: room.assembly.num_bytes == 20 * (96 + 160))
+        strike(process, signal.SIGSTOP)
+        assert wait_for(lambda: room.state is ReceiveState.FAILED, PROMISE_S)
+        peers.receiver.close(room, room.reason)
+        others = peers.ask(4, IDS)  # its pages belong to someone else now
+        for buffer in peers.pool._rows:
+            buffer[:] = 7
+        pipe.send("go on")
+        strike(process, signal.SIGCONT)
+        assert pipe.poll(30) and pipe.recv() == "sent"
+        time.sleep(0.3)
+        assert set(rows(peers.pool, range(500))) == {7}
+        assert others.state is ReceiveState.RECEIVING
+
+
+def test_a_prefill_server_that_gives_up_tells_who_waits_for_memory() -> None:
+    lost: list[str] = []
+    with cluster(2) as peers:
+        peers.receiver.expect(1, peers.addresses, lost.append)
+        rooms = [sender.open(1) for sender in peers.senders]
+        assert wait_for(lambda: all(room.identity for room in rooms))
+        peers.senders[1].close(rooms[1], "The prompt is too long.")
+        assert wait_for(lambda: lost == ["The prompt is too long."])
