@@ -30,7 +30,7 @@ def _create(model_runner: Any) -> Any:
     from sglang_apb.rank_group import RankGroup
 
     server_args = model_runner.server_args
-    options = server_args.prefill_options
+    options = server_args.plugin_options
     group = get_parallel().attn_cp_group.device_group if options.sp_size > 1 else None
     settings, replicate_kv = config.parse(options.config_text), not _ships_own_pages(server_args)
     return backends.load(options.backend)(model_runner, settings, RankGroup(group), replicate_kv=replicate_kv)
@@ -82,7 +82,7 @@ def _plan(batch: Any, model_runner: Any) -> Any:
     if len(batch.reqs) > 1 or batch.extend_lens[0] != _num_tokens(req):
         logger.error("request %s should run sparse but was batched or cut by SGLang: it runs exact", req.rid)
         return None
-    options = config.parse(model_runner.server_args.prefill_options.config_text)
+    options = config.parse(model_runner.server_args.plugin_options.config_text)
     return backend_of(model_runner).plan(_num_tokens(req), requests.Wish(requests.question_tokens(req, wish, options)))
 
 

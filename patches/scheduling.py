@@ -29,7 +29,7 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
     if req.finished() or req.to_finish:
         return
     backend = backend_of(self.tp_worker.model_runner)
-    wish = requests.wish_of(req, config.parse(self.server_args.prefill_options.config_text))
+    wish = requests.wish_of(req, config.parse(self.server_args.plugin_options.config_text))
     kept = None
     if wish is not None:
         try:

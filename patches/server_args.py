@@ -15,15 +15,21 @@ from typing import Any
 from sglang_apb.patches._patch import Patch, PatchError
 
 from sglang_apb import options as options_module
-from sglang_apb.options import PrefillOptions
+from sglang_apb.options import PluginOptions
+from sglang_apb.settings import ConfigError
 
-_NAMES = {"prefill_backend": "backend", "sp_size": "sp_size", "prefill_backend_config": "config_text"}
+_NAMES = {
+    "prefill_backend": "backend",
+    "sp_size": "sp_size",
+    "prefill_backend_config": "config_text",
+    "kv_transfer_config": "transfer_text",
+}
 _from_command_line: ContextVar[dict[str, Any] | None] = ContextVar("_from_command_line", default=None)
 
 
-def options_of(server_args: Any) -> PrefillOptions:
+def options_of(server_args: Any) -> PluginOptions:
     """The options that a ServerArgs was built with."""
-    return getattr(server_args, "prefill_options", PrefillOptions())
+    return getattr(server_args, "plugin_options", PluginOptions())
 
 
 def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -35,7 +41,7 @@ def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
     token = _from_command_line.set({name: getattr(args, name) for name in _NAMES if hasattr(args, name)})
     try:
         return original(cls, args)
-    except (options_module.OptionError, options_module.config.ConfigError, PatchError) as error:
+    except (options_module.OptionError, ConfigError, PatchError) as error:
         print(f"sglang: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
@@ -44,14 +50,15 @@ def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
 
 def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     given = (_from_command_line.get() or {}) | {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
-    options = PrefillOptions(**{_NAMES[name]: value for name, value in given.items()})
+    options = PluginOptions(**{_NAMES[name]: value for name, value in given.items()})
     options.check()
     if options.sp_size > 1:
         kwargs = _with_sequence_parallel_ranks(kwargs, options.sp_size)
     original(self, *args, **kwargs)
-    object.__setattr__(self, "prefill_options", options)
+    object.__setattr__(self, "plugin_options", options)
     if options.is_set:
         options_module.check_server_args(self, options)
+    options_module.check_transfer(self, options)
     from sglang_apb import plugin
 
     plugin.install(self)

@@ -10,12 +10,14 @@ With another backend every one of these does what it did before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
 BACKEND = "zmq"
 _MODULE = "sglang.srt.disaggregation"
+_public_key = ""
 
 
 def register_choice() -> None:
@@ -55,8 +57,14 @@ def _find_class(original: Callable[..., Any], transfer_backend: Any, class_type:
         KVClassType.MANAGER: ZmqKVManager,
         KVClassType.SENDER: ZmqKVSender,
         KVClassType.RECEIVER: ZmqKVReceiver,
-        KVClassType.BOOTSTRAP_SERVER: ZmqKVBootstrapServer,
+        KVClassType.BOOTSTRAP_SERVER: partial(ZmqKVBootstrapServer, public_key=_public_key),
     }[class_type]
+
+
+def use_key(public_key: str) -> None:
+    """What this process's bootstrap server, which SGLang gives a host and a port only, tells decode servers."""
+    global _public_key
+    _public_key = public_key
 
 
 def _start_manager(manager: Any, queue: Any) -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "sglang_apb.commands.demo",
     "eval": "sglang_apb.commands.eval",
     "bench": "sglang_apb.commands.bench",
+    "keys": "sglang_apb.commands.keys",
     "doctor": "sglang_apb.commands.doctor",
 }
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sglang_apb import settings
 from sglang_apb.selection import SELECTORS
+from sglang_apb.settings import ConfigError, check_choice, check_int, setting
 
+OPTION = "--prefill-backend-config"
 ALL = "all"
 ANCHOR_MODES = ("shared", "recomputed")
 BALANCES = ("zigzag", "contiguous")
@@ -29,50 +29,41 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class ConfigError(ValueError):
-    """An option is unknown or has a value that cannot work; the text names the value and the remedy."""
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of a frozen dataclass with the sentence that `--help` and the README show for it."""
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ApbConfig:
     """Lengths in tokens. None follows the prompt's length n."""
 
-    anchor: int | None = option(None, "tokens at the prompt's start that every block sees; n/64 if left out")
-    passing: int | str | None = option(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
-    max_passing: int | None = option(None, "tokens that all blocks together hand on at most, per KV head")
-    block: int | None = option(None, "tokens of one block, instead of num_blocks")
-    num_blocks: int | None = option(
+    anchor: int | None = setting(None, "tokens at the prompt's start that every block sees; n/64 if left out")
+    passing: int | str | None = setting(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
+    max_passing: int | None = setting(None, "tokens that all blocks together hand on at most, per KV head")
+    block: int | None = setting(None, "tokens of one block, instead of num_blocks")
+    num_blocks: int | None = setting(
         None, "number of blocks, whatever the number of ranks; 16 if left out, of at least 512 tokens"
     )
-    question_tokens: int | None = option(
+    question_tokens: int | None = setting(
         None, "trailing tokens that attend to everything; the last 256, or a quarter of the prompt if less"
     )
-    min_tokens: int = option(2048, "shorter prompts run as exact attention")
-    selector: str = option("query", f"how passing tokens are chosen: {', '.join(SELECTORS)}")
-    anchor_mode: str = option(
+    min_tokens: int = setting(2048, "shorter prompts run as exact attention")
+    selector: str = setting("query", f"how passing tokens are chosen: {', '.join(SELECTORS)}")
+    anchor_mode: str = setting(
         "shared", "shared: send the anchor's KV; recomputed: the paper's anchor, with the question inserted"
     )
-    balance: str = option("zigzag", "which rank owns which block: zigzag evens out the work, or contiguous")
-    order: str = option("one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first")
-    engine: str = option("torch", "what computes: torch, on any device, or flashinfer with Triton kernels, on CUDA")
+    balance: str = setting("zigzag", "which rank owns which block: zigzag evens out the work, or contiguous")
+    order: str = setting("one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first")
+    engine: str = setting("torch", "what computes: torch, on any device, or flashinfer with Triton kernels, on CUDA")
 
     def __post_init__(self) -> None:
         for name in ("anchor", "question_tokens", "min_tokens"):
-            _check_int(name, getattr(self, name), minimum=0 if name != "question_tokens" else 1)
+            check_int(name, getattr(self, name), minimum=0 if name != "question_tokens" else 1)
         for name in ("block", "num_blocks", "max_passing"):
-            _check_int(name, getattr(self, name), minimum=1)
+            check_int(name, getattr(self, name), minimum=1)
         if self.passing != ALL:
-            _check_int("passing", self.passing, minimum=0, also=f'"{ALL}"')
-        _check_choice("selector", self.selector, SELECTORS)
-        _check_choice("anchor_mode", self.anchor_mode, ANCHOR_MODES)
-        _check_choice("balance", self.balance, BALANCES)
-        _check_choice("order", self.order, ORDERS)
-        _check_choice("engine", self.engine, ENGINES)
+            check_int("passing", self.passing, minimum=0, also=f'"{ALL}"')
+        check_choice("selector", self.selector, SELECTORS)
+        check_choice("anchor_mode", self.anchor_mode, ANCHOR_MODES)
+        check_choice("balance", self.balance, BALANCES)
+        check_choice("order", self.order, ORDERS)
+        check_choice("engine", self.engine, ENGINES)
         if self.block is not None and self.num_blocks is not None:
             raise ConfigError(
                 f"block={self.block} and num_blocks={self.num_blocks} say the same thing twice: give one of them"
@@ -91,58 +82,14 @@ def parse(text: str | None) -> ApbConfig:
 
     Raises ConfigError.
     """
-    if text is None or not text.strip():
-        return ApbConfig()
-    if text in PRESETS:
-        return from_mapping(PRESETS[text])
-    source = text if text.lstrip().startswith("{") else _read(text)
-    try:
-        values = json.loads(source)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--prefill-backend-config is not valid JSON: {error}. Got: {_shorten(source)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f'--prefill-backend-config must be a JSON object such as {{"num_blocks": 16}}, not {_shorten(source)}'
-        )
-    return from_mapping(values)
+    return settings.parse(OPTION, text, ApbConfig, PRESETS)
 
 
 def from_mapping(values: Mapping[str, Any]) -> ApbConfig:
     """Raises ConfigError when a key is unknown, with the list of known ones."""
-    known = [field.name for field in dataclasses.fields(ApbConfig)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ConfigError(f"unknown option {unknown[0]!r} of --prefill-backend-config; known: {', '.join(known)}")
-    return ApbConfig(**values)
+    return settings.from_mapping(OPTION, values, ApbConfig)
 
 
 def describe() -> str:
     """One sentence an option, for `--help`."""
-    return "; ".join(f"{field.name}: {field.metadata['help']}" for field in dataclasses.fields(ApbConfig))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text()
-    except OSError as error:
-        raise ConfigError(
-            f"--prefill-backend-config {path!r} is neither a JSON object, nor a preset ({', '.join(PRESETS)}), nor a "
-            f"readable file ({error.strerror})"
-        ) from error
-
-
-def _check_int(name: str, value: Any, *, minimum: int, also: str = "") -> None:
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        wanted = f"a whole number of at least {minimum}" + (f" or {also}" if also else "")
-        raise ConfigError(f"{name} must be {wanted}, not {value!r}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    return settings.describe(ApbConfig)

@@ -7,7 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_apb import attention, backends, config
+from sglang_apb import attention, backends, config, settings
+from sglang_apb.transfer import hosts, keys
+from sglang_apb.transfer.keys import TransferConfig
 
 # ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
@@ -36,17 +38,21 @@ _REFUSED_WITH_OWN_PAGES = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_ENABLE_ST
 MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
+BACKEND = "zmq"
+
+
 class OptionError(ValueError):
     """Options that cannot work together, or on this machine; the text says which and what to do."""
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PluginOptions:
     """What the command line says of us. `backend` None: no option of ours was used."""
 
     backend: str | None = None
     sp_size: int = 1
     config_text: str | None = None
+    transfer_text: str | None = None
 
     @property
     def is_set(self) -> bool:
@@ -61,6 +67,11 @@ class PrefillOptions:
         if self.backend is not None:
             backends.check_name(self.backend)
             config.parse(self.config_text)
+        self.transfer()
+
+    def transfer(self) -> TransferConfig:
+        """Raises ConfigError."""
+        return settings.parse(keys.OPTION, self.transfer_text, TransferConfig, {})
 
 
 def add_to_parser(parser: argparse.ArgumentParser) -> None:
@@ -83,9 +94,38 @@ def add_to_parser(parser: argparse.ArgumentParser) -> None:
         help=f"JSON object, file, or preset ({', '.join(config.PRESETS)}) with the method's lengths. "
         + config.describe().replace("%", "%%"),
     )
+    group.add_argument(
+        keys.OPTION,
+        default=None,
+        help="JSON object or file for --disaggregation-transfer-backend zmq. " + settings.describe(TransferConfig),
+    )
 
 
-def check_server_args(server_args: Any, options: PrefillOptions) -> None:
+def check_transfer(server_args: Any, options: PluginOptions) -> None:
+    """Refuses, after SGLang resolved its options, to send KV off this machine without keys.
+
+    Raises OptionError, ConfigError.
+    """
+    if server_args.disaggregation_transfer_backend != BACKEND or server_args.disaggregation_mode == "null":
+        if options.transfer_text is not None:
+            raise OptionError(
+                f"{keys.OPTION} needs --disaggregation-transfer-backend {BACKEND} and --disaggregation-mode prefill "
+                "or decode"
+            )
+        return
+    transfer = options.transfer()
+    if keys.load(transfer) or transfer.allow_unencrypted or server_args.disaggregation_mode == "decode":
+        return  # a decode server listens nowhere, and checks each prefill server that it connects to
+    address = hosts.listening_host(server_args.host)
+    if not hosts.is_loopback(address):
+        raise OptionError(
+            f"--host {server_args.host} would send KV unencrypted from {address}: make keys with `sglang-apb keys` and "
+            f"give them with {keys.OPTION}; if nobody else is on that network, "
+            f"""give {keys.OPTION} '{{"allow_unencrypted": true}}'"""
+        )
+
+
+def check_server_args(server_args: Any, options: PluginOptions) -> None:
     """Refuses, after SGLang resolved them, options that would silently disable or break the layout.
 
     Raises OptionError with one sentence.
@@ -116,7 +156,7 @@ def _check_model(server_args: Any) -> None:
         )
 
 
-def _check_engine(server_args: Any, options: PrefillOptions) -> None:
+def _check_engine(server_args: Any, options: PluginOptions) -> None:
     engine = config.parse(options.config_text).engine
     try:
         attention.check(engine, server_args.device, server_args.get_model_config().dtype)
@@ -124,9 +164,9 @@ def _check_engine(server_args: Any, options: PrefillOptions) -> None:
         raise OptionError(f"--prefill-backend-config: {error}") from None
 
 
-def _check_environment(server_args: Any, options: PrefillOptions) -> None:
+def _check_environment(server_args: Any, options: PluginOptions) -> None:
     """On a server whose ranks keep only what they ship (patches/kv_ownership.py)."""
-    if options.sp_size == 1 or server_args.disaggregation_transfer_backend != "zmq":
+    if options.sp_size == 1 or server_args.disaggregation_transfer_backend != BACKEND:
         return
     for name in _REFUSED_WITH_OWN_PAGES:
         if os.environ.get(name, "").lower() not in ("", "0", "false", "no", "n"):
@@ -136,7 +176,7 @@ def _check_environment(server_args: Any, options: PrefillOptions) -> None:
             )
 
 
-def _check_gpus(server_args: Any, options: PrefillOptions) -> None:
+def _check_gpus(server_args: Any, options: PluginOptions) -> None:
     if server_args.device != "cuda":
         return
     import torch

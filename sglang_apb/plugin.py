@@ -42,6 +42,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     )
     from sglang_apb.patches.server_args import options_of
     from sglang_apb.platform import is_portable_cpu
+    from sglang_apb.transfer import keys as transfer_keys
 
     options = options_of(server_args)
     our_transfer = server_args.disaggregation_transfer_backend == transfer_backend.BACKEND
@@ -54,6 +55,8 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         wanted += model_parallel.PATCHES
     if our_transfer:
         wanted += transfer_backend.PATCHES
+        keys = transfer_keys.load(options.transfer())
+        transfer_backend.use_key(keys.public if keys else "")
     if options.is_set and server_args.disaggregation_mode == "prefill":
         wanted += pd_prefill.PATCHES
         if our_transfer and options.sp_size > 1:

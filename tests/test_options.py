@@ -19,7 +19,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 args = prepare_server_args(sys.argv[1:])
 import pickle
 args = pickle.loads(pickle.dumps(args))
-print("OPTIONS", args.prefill_options, args.tp_size, args.attn_cp_size)
+print("OPTIONS", args.plugin_options, args.tp_size, args.attn_cp_size)
 print("PATCHED", *sorted(HookRegistry._patched), sep="\\n")
 """
 # Many command lines in one process, since importing SGLang takes longer than all of them.
@@ -61,13 +61,13 @@ def test_without_our_options_nothing_but_the_command_line_is_patched(model: str)
     result = parse("--model-path", model)
     assert result.returncode == 0, result.stderr[-2000:]
     assert patched(result) <= allowed
-    assert "OPTIONS PrefillOptions(backend=None, sp_size=1, config_text=None) 1 1" in result.stdout
+    assert "OPTIONS PluginOptions(backend=None, sp_size=1, config_text=None) 1 1" in result.stdout
 
 
 def test_our_options_travel_in_the_pickle_and_set_the_ranks(model: str) -> None:
     result = parse("--model-path", model, "--prefill-backend", "apb", "--sp-size", "3")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "OPTIONS PrefillOptions(backend='apb', sp_size=3, config_text=None) 3 3" in result.stdout
+    assert "OPTIONS PluginOptions(backend='apb', sp_size=3, config_text=None) 3 3" in result.stdout
     assert "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw" in patched(result)
 
 
@@ -151,7 +151,7 @@ def test_more_ranks_than_gpus_is_refused_with_the_number_that_fits(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     server_args = SimpleNamespace(device="cuda", base_gpu_id=0, gpu_id_step=1)
     with pytest.raises(options.OptionError, match=r"--sp-size 4 needs 4 GPUs.*this machine has 2: use --sp-size 2"):
-        options._check_gpus(server_args, options.PrefillOptions("apb", 4))
+        options._check_gpus(server_args, options.PluginOptions("apb", 4))
 
 
 def test_variables_that_expect_a_slot_for_every_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,11 +162,11 @@ def test_variables_that_expect_a_slot_for_every_token_are_refused(monkeypatch: p
     name = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
     server_args = SimpleNamespace(disaggregation_transfer_backend="zmq")
     monkeypatch.setenv(name, "0")
-    options._check_environment(server_args, options.PrefillOptions("apb", 2))
+    options._check_environment(server_args, options.PluginOptions("apb", 2))
     monkeypatch.setenv(name, "1")
-    options._check_environment(server_args, options.PrefillOptions("apb", 1))
+    options._check_environment(server_args, options.PluginOptions("apb", 1))
     with pytest.raises(options.OptionError, match=rf"{name} does not go with --sp-size 2 .*unset it"):
-        options._check_environment(server_args, options.PrefillOptions("apb", 2))
+        options._check_environment(server_args, options.PluginOptions("apb", 2))
 
 
 def test_a_sglang_that_changed_under_a_patch_is_named() -> None:

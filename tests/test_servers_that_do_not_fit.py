@@ -12,7 +12,7 @@ import requests
 from conftest import FLOAT32, next_port
 
 from sglang_apb.commands.servers import LocalCluster, is_up
-from sglang_apb.transfer.directory import look_up
+from sglang_apb.transfer.directory import Lookup
 
 
 @pytest.mark.server
@@ -72,7 +72,7 @@ def test_a_decode_server_without_the_plugin_is_told_what_is_missing() -> None:
         assert (
             "--disaggregation-transfer-backend zmq (sglang-apb), the decode server at 127.0.0.1 does not" in answer.text
         )
-        assert look_up(f"127.0.0.1:{port}", lambda info: None).refusal == ""
+        assert Lookup(lambda info: None)(f"127.0.0.1:{port}").refusal == ""
     finally:
         server.close()
 
@@ -83,7 +83,7 @@ def test_a_prefill_server_without_the_plugin_is_named() -> None:
     port = next_port()
     server = bootstrap_server(CommonKVBootstrapServer, port)
     try:
-        refusal = look_up(f"127.0.0.1:{port}", lambda info: None).refusal
+        refusal = Lookup(lambda info: None)(f"127.0.0.1:{port}").refusal
         assert f"the prefill server at 127.0.0.1:{port} does not: start it with the same option" in refusal
     finally:
         server.close()

@@ -145,6 +145,6 @@ def test_an_answer_that_cannot_be_is_no_answer(body: bytes, monkeypatch: pytest.
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         with pytest.raises(directory.NotThere, match="answered what cannot be"):
-            directory.look_up(f"127.0.0.1:{server.server_port}", both_ranks)
+            directory.Lookup(both_ranks)(f"127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()

@@ -12,10 +12,11 @@ import numpy as np
 
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState, ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
@@ -56,20 +57,22 @@ class Cluster:
     aux: HostPages
 
     @property
-    def addresses(self) -> list[tuple[str, int]]:
-        return [("127.0.0.1", sender.port) for sender in self.senders]
+    def addresses(self) -> list[Address]:
+        return [Address("127.0.0.1", s.port, s.keys.public if s.keys else "") for s in self.senders]
 
     def ask(self, room: int, ids: Sequence[int] | np.ndarray, aux_index: int = 3) -> ReceiveRoom:
         return self.receiver.open(room, self.addresses, np.asarray(ids, np.int64), aux_index)
 
 
 @contextlib.contextmanager
-def cluster(num_ranks: int = 1, compat: Compat = COMPAT) -> Iterator[Cluster]:
+def cluster(
+    num_ranks: int = 1, compat: Compat = COMPAT, prefill_keys: Keys | None = None, decode_keys: Keys | None = None
+) -> Iterator[Cluster]:
     pools = [make_pages(100 + rank) for rank in range(num_ranks)]
     auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
-    senders = [SendingEndpoint("127.0.0.1") for _ in range(num_ranks)]
+    senders = [SendingEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
     pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
-    receiver = ReceivingEndpoint(pool, aux, compat)
+    receiver = ReceivingEndpoint(pool, aux, compat, decode_keys)
     receiver.start()
     for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
         sender.start_sending(rank_pool, rank_aux, COMPAT)

@@ -20,6 +20,7 @@ from sglang_apb.transfer.wire import VERSION
 logger = logging.getLogger(__name__)
 
 BACKEND = "zmq"
+KEY_HEADER = "X-Transfer-Key"
 MAX_BYTES = 1 << 20
 MAX_ROOMS = 1 << 16
 ALL_RANKS = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), "-1")
@@ -78,6 +79,12 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 class ZmqKVBootstrapServer(CommonKVBootstrapServer):
+    """`public_key`: what decode servers will expect this server's ranks to have; "" without keys."""
+
+    def __init__(self, host: str, port: int, public_key: str = ""):
+        self._public_key = public_key
+        super().__init__(host, port)
+
     async def _handle_route_put(self, request: web.Request) -> web.Response:
         return await self._checked(request, Registration, super()._handle_route_put)
 
@@ -115,6 +122,7 @@ class ZmqKVBootstrapServer(CommonKVBootstrapServer):
         if asks_for_server and response.status == 200:
             response.headers["X-Transfer-Backend"] = BACKEND
             response.headers["X-Transfer-Version"] = str(VERSION)
+            response.headers[KEY_HEADER] = self._public_key
         return response
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,19 @@ import msgspec
 import requests
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
-from sglang_apb.transfer.bootstrap import ALL_RANKS, BACKEND, MAX_BYTES, Port, Rank, Size, Text, decode, find_refusal
+from sglang_apb.transfer import hosts
+from sglang_apb.transfer.bootstrap import (
+    ALL_RANKS,
+    BACKEND,
+    KEY_HEADER,
+    MAX_BYTES,
+    Port,
+    Size,
+    Text,
+    decode,
+    find_refusal,
+)
+from sglang_apb.transfer.keys import OPTION, Keys
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +55,9 @@ class RankAnswer(msgspec.Struct):
     rank_ip: Text
     rank_port: Port
 
+    def __post_init__(self) -> None:
+        ipaddress.ip_address(self.rank_ip)
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -63,8 +79,8 @@ Resolve = Callable[[PrefillServerInfo], None]
 class PrefillDirectory:
     """`find` is called by the scheduler's thread again and again until it gives an entry."""
 
-    def __init__(self, resolve: Resolve):
-        self._resolve = resolve
+    def __init__(self, resolve: Resolve, keys: Keys | None = None, *, allow_unencrypted: bool = False):
+        self._look_up = Lookup(resolve, keys, allow_unencrypted)
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="kv-directory")
         self._asked: dict[str, Future[Entry]] = {}
         self._silent_since: dict[str, float] = {}
@@ -73,7 +89,7 @@ class PrefillDirectory:
         """None while the server has not answered; after GIVE_UP_S an entry that says so."""
         asked = self._asked.get(bootstrap_addr)
         if asked is None:
-            asked = self._asked[bootstrap_addr] = self._executor.submit(look_up, bootstrap_addr, self._resolve)
+            asked = self._asked[bootstrap_addr] = self._executor.submit(self._look_up, bootstrap_addr)
         try:
             entry = asked.result(WAIT_S)
         except TimeoutError:
@@ -99,27 +115,56 @@ class PrefillDirectory:
         return Entry(nothing, refusal=f"The prefill server at {bootstrap_addr} does not answer.")
 
 
-def look_up(bootstrap_addr: str, resolve: Resolve) -> Entry:
+@dataclass(frozen=True)
+class Lookup:
     """Asks a bootstrap server for its layout and its ranks' addresses. Raises NotThere."""
-    answer, headers = _get(bootstrap_addr, ALL_RANKS | {"transfer_backend": BACKEND}, ServerAnswer)
-    info = PrefillServerInfo(**msgspec.structs.asdict(answer))
-    refusal = find_refusal(bootstrap_addr, headers)
-    if refusal:
-        logger.error(refusal)
-        return Entry(info, refusal=refusal)
-    resolve(info)
-    ranks: dict[str, list[dict[str, Any]]] = {}
-    for dp_rank in range(info.dp_size):
-        for cp_rank in info.target_cp_ranks or ():
-            key = f"{bootstrap_addr}_{dp_rank}_{cp_rank}_{info.target_tp_rank}"
-            ranks[key] = [_rank(bootstrap_addr, dp_rank, cp_rank, tp_rank) for tp_rank in info.target_tp_ranks or ()]
-    return Entry(info, ranks)
+
+    resolve: Resolve
+    keys: Keys | None = None
+    allow_unencrypted: bool = False
+
+    def __call__(self, bootstrap_addr: str) -> Entry:
+        answer, headers = _get(bootstrap_addr, ALL_RANKS | {"transfer_backend": BACKEND}, ServerAnswer)
+        info = PrefillServerInfo(**msgspec.structs.asdict(answer))
+        key = headers.get(KEY_HEADER, "")
+        refusal = find_refusal(bootstrap_addr, headers) or self._refuse_key(bootstrap_addr, key)
+        if refusal:
+            logger.error(refusal)
+            return Entry(info, refusal=refusal)
+        self.resolve(info)
+        ranks = {
+            f"{bootstrap_addr}_{dp_rank}_{cp_rank}_{info.target_tp_rank}": [
+                _rank(bootstrap_addr, dp_rank, cp_rank, tp_rank, key) for tp_rank in info.target_tp_ranks or ()
+            ]
+            for dp_rank in range(info.dp_size)
+            for cp_rank in info.target_cp_ranks or ()
+        }
+        return Entry(info, ranks, "" if key or self.allow_unencrypted else _refuse_network(ranks))
+
+    def _refuse_key(self, bootstrap_addr: str, key: str) -> str:
+        if self.keys is None:
+            return f"The prefill server at {bootstrap_addr} encrypts KV: give this server {OPTION} too." if key else ""
+        if not key:
+            return f"This server encrypts KV, the prefill server at {bootstrap_addr} does not: give it {OPTION} too."
+        if not self.keys.peers.allows(key):
+            return f"The prefill server at {bootstrap_addr} has the key {key}, which is not among this server's peers."
+        return ""
 
 
-def _rank(bootstrap_addr: str, dp_rank: Rank, cp_rank: Rank, tp_rank: Rank) -> dict[str, Any]:
+def _refuse_network(ranks: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    for rank in (rank for group in ranks.values() for rank in group):
+        if not hosts.is_loopback(rank["rank_ip"]):
+            return (
+                f"KV would come unencrypted from {rank['rank_ip']}: make keys with `sglang-apb keys` and give both "
+                f"servers {OPTION}, with them or with allow_unencrypted."
+            )
+    return ""
+
+
+def _rank(bootstrap_addr: str, dp_rank: int, cp_rank: int, tp_rank: int, key: str) -> dict[str, Any]:
     query = zip(ALL_RANKS, (dp_rank, cp_rank, tp_rank, 0), strict=True)
     answer, _ = _get(bootstrap_addr, {name: str(rank) for name, rank in query}, RankAnswer)
-    return {**msgspec.structs.asdict(answer), "is_dummy": False}
+    return {**msgspec.structs.asdict(answer), "is_dummy": False, "key": key}
 
 
 def _get(bootstrap_addr: str, query: dict[str, str], kind: type[Any]) -> tuple[Any, Any]:

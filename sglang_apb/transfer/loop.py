@@ -9,7 +9,9 @@ import threading
 from collections.abc import Callable
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
 
+from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.wire import MAX_PARTS, Buffer
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,10 @@ class SocketLoop:
     A handler or command that raises is logged and the loop goes on: one bad peer never ends the others'.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, keys: Keys | None = None):
         self.context = zmq.Context()
+        self.keys = keys
+        self._authenticator = _authenticate(self.context, keys) if keys else None
         self._poller = zmq.Poller()
         self._handlers: dict[int, Handler] = {}
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -45,6 +49,8 @@ class SocketLoop:
         """Ends the thread and closes every socket. For tests; a server's loop ends with its process."""
         self.call(self._end)
         self._thread.join()
+        if self._authenticator is not None:
+            self._authenticator.stop()
         self.context.destroy(linger=0)
         os.close(self._wake)
 
@@ -99,6 +105,13 @@ class SocketLoop:
             return None
 
 
+def _authenticate(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
+    authenticator = ThreadAuthenticator(context, log=logging.getLogger(f"{__name__}.zap"))
+    authenticator.start()
+    authenticator.configure_curve_callback("*", keys)
+    return authenticator
+
+
 def notice_silence(socket: zmq.Socket) -> None:
     """Before `bind` or `connect`: lets ZMQ close connections to peers that are silent, or never speak."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
@@ -107,17 +120,26 @@ def notice_silence(socket: zmq.Socket) -> None:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, PING_MS + SILENCE_MS)
 
 
-def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> list[Buffer] | None:
-    """The parts of the next message, without waiting: None when there is none.
+def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> tuple[list[Buffer], str] | None:
+    """The parts of the next message and its sender's public key (""), without waiting: None when there is none.
 
     Of a message with more than `max_parts` parts, one part more is kept, so that the parser refuses it.
     """
     try:
-        parts: list[Buffer] = [socket.recv(zmq.NOBLOCK, copy=False).buffer]
+        first = socket.recv(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
+    parts: list[Buffer] = [first.buffer]
     while socket.getsockopt(zmq.RCVMORE):
         part = socket.recv(copy=False)
         if len(parts) <= max_parts:
             parts.append(part.buffer)
-    return parts
+    return parts, _sender_key(first)
+
+
+def _sender_key(frame: zmq.Frame) -> str:
+    """What the authenticator found; "" on a connection without keys."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""

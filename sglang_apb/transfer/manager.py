@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,8 +12,8 @@ from sglang.srt.disaggregation.base.conn import KVArgs
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils.network import get_local_ip_auto
 
+from sglang_apb.transfer import hosts, keys
 from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
 from sglang_apb.transfer.directory import PrefillDirectory
@@ -44,18 +42,22 @@ class ZmqKVManager(CommonKVManager):
         is_mla_backend: bool | None = False,
     ):
         _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
-        with _local_ip(listening_host(server_args.host)):
+        transfer = server_args.plugin_options.transfer()
+        self._keys = keys.load(transfer)
+        with _local_ip(hosts.listening_host(server_args.host)):
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         # Every context-parallel rank sends what it holds, and decode waits for all of them.
         self.enable_all_cp_ranks_for_transfer = True
         self.is_dummy_cp_rank = False
         self.refusals: dict[str, str] = {}
-        self._directory = PrefillDirectory(self._resolve_rank_mapping)
+        self._directory = PrefillDirectory(
+            self._resolve_rank_mapping, self._keys, allow_unencrypted=transfer.allow_unencrypted
+        )
         self.server_socket.close(linger=0)
 
     def register_to_bootstrap(self) -> None:
         """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
-        self.sending = SendingEndpoint(self.local_ip)
+        self.sending = SendingEndpoint(self.local_ip, keys=self._keys)
         self.rank_port = self.sending.port
         super().register_to_bootstrap()
 
@@ -78,7 +80,7 @@ class ZmqKVManager(CommonKVManager):
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             self.sending.start_sending(pages, aux, compat)
         else:
-            self.receiving = ReceivingEndpoint(pages, aux, compat)
+            self.receiving = ReceivingEndpoint(pages, aux, compat, self._keys)
             self.receiving.start()
             self._start_heartbeat_checker_thread()
 
@@ -128,19 +130,6 @@ class ZmqKVManager(CommonKVManager):
             kv_item_lens=self._item_lens(),
             aux_item_lens=[int(size) for size in args.aux_item_lens],
         )
-
-
-def listening_host(host: str) -> str:
-    """The address of this server's transfer sockets: loopback exactly when the server itself is on it."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        address = ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0])
-    if address.is_unspecified:
-        address = ipaddress.ip_address(get_local_ip_auto())
-    if not address.is_loopback:
-        logger.warning("KV is sent unencrypted on %s: use a network that only these servers are on.", address)
-    return str(address)
 
 
 @contextlib.contextmanager

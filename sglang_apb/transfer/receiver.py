@@ -125,7 +125,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         self.conclude_state = KVPoll.Failed
 
     def _ranks(self) -> list[Address]:
-        return [(info["rank_ip"], info["rank_port"]) for info in self.bootstrap_infos]
+        return [Address(info["rank_ip"], info["rank_port"], info["key"]) for info in self.bootstrap_infos]
 
     def _send_abort_notification(self) -> None:
         """Called by SGLang on abort and on timeout."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import zmq
@@ -19,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
 from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
@@ -27,15 +28,34 @@ logger = logging.getLogger(__name__)
 
 RECEIVE_HIGH_WATER_MARK = 8
 MAX_FRAMES_A_TURN = 16
-_LOST = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_LOST = (
+    zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
-Address: TypeAlias = tuple[str, int]
+
+class Address(NamedTuple):
+    """Where a prefill rank listens, and its server's public key ("" without)."""
+
+    host: str
+    port: int
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class ReceiveState(Enum):
     RECEIVING = "waiting for KV"
     COMPLETE = "every byte of every rank and the first token are there"
     FAILED = "failed"
+
+
+def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
+    return tuple(Address(*rank) for rank in ranks)
 
 
 @dataclass(eq=False)
@@ -81,21 +101,22 @@ class _Peer:
 
 
 class ReceivingEndpoint(SocketLoop):
-    def __init__(self, pages: Pages, aux: Pages, compat: Compat):
-        super().__init__("kv-receiving")
+    def __init__(self, pages: Pages, aux: Pages, compat: Compat, keys: Keys | None = None):
+        super().__init__("kv-receiving", keys)
         self._pages, self._aux, self._compat = pages, aux, compat
         self._peers: dict[Address, _Peer] = {}
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
         self._expected: dict[int, _Expected] = {}
 
-    def expect(self, room: int, ranks: Sequence[Address], on_lost: Callable[[str], None]) -> None:
+    def expect(self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[str], None]) -> None:
         """Tells the ranks that they will be asked for a room, and watches them until it is opened.
 
         When one of them is gone, or gives the room up, `on_lost` is called with the reason, in this endpoint's thread.
         """
+        ranks = _addresses(ranks)
         with self._lock:
-            self._expected[room] = _Expected(tuple(ranks), on_lost)
+            self._expected[room] = _Expected(ranks, on_lost)
         self.call(partial(self._send_all, ranks, wire.pack(Kind.EXPECT, room, 0)))
 
     def expect_no_more(self, room: int) -> None:
@@ -103,16 +124,19 @@ class ReceivingEndpoint(SocketLoop):
             self._expected.pop(room, None)
 
     def open(
-        self, room: int, ranks: Sequence[Address], pages: PageIds, aux_index: int, prefix_tokens: int = 0
+        self, room: int, ranks: Sequence[Sequence[Any]], pages: PageIds, aux_index: int, prefix_tokens: int = 0
     ) -> ReceiveRoom:
         """Asks every prefill rank for its part of `pages`; the first-token record goes to row `aux_index`.
 
-        Raises ValueError when the room is open already or a page is not in the pool.
+        Raises ValueError when the room is open already, a page is not in the pool, or a rank's key is not allowed.
         """
+        ranks = _addresses(ranks)
+        if self.keys is not None and (strange := next((a for a in ranks if not self.keys.peers.allows(a.key)), None)):
+            raise ValueError(f"The key of prefill rank {strange} is not among this server's peers.")
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self._pages.num_pages:
             raise ValueError(f"Pages {pages.min()} to {pages.max()} leave [0, {self._pages.num_pages}).")
         assembly = Assembly(self._pages.item_lens, len(pages), len(ranks))
-        opened = ReceiveRoom(room, secrets.randbits(63) | 1, tuple(ranks), pages, aux_index, assembly)
+        opened = ReceiveRoom(room, secrets.randbits(63) | 1, ranks, pages, aux_index, assembly)
         with self._lock:
             if room in self._rooms:
                 raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
@@ -134,11 +158,11 @@ class ReceivingEndpoint(SocketLoop):
             told = reason or "The decode server gave the request up."
             self.refuse(room.room, room.ranks, told, room.attempt)
 
-    def refuse(self, room: int, ranks: Sequence[Address], reason: str, attempt: int = 0) -> None:
+    def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
         frame = wire.pack_message(Stop(reason[:2000]), room, attempt)
         self.expect_no_more(room)
-        self.call(partial(self._send_all, ranks, frame))
+        self.call(partial(self._send_all, _addresses(ranks), frame))
 
     def _send_all(self, ranks: Sequence[Address], frame: list[Buffer]) -> None:
         for address in ranks:
@@ -148,7 +172,7 @@ class ReceivingEndpoint(SocketLoop):
         try:
             self._peer(address).socket.send_multipart(frame, zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            self._lose(address, f"Could not reach prefill rank {_name(address)} ({error}).")
+            self._lose(address, f"Could not reach prefill rank {address} ({error}).")
 
     def _peer(self, address: Address) -> _Peer:
         peer = self._peers.get(address)
@@ -158,21 +182,26 @@ class ReceivingEndpoint(SocketLoop):
 
     def _connect(self, address: Address) -> _Peer:
         socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IPV6, int(":" in address[0]))
+        socket.setsockopt(zmq.IPV6, int(":" in address.host))
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         socket.setsockopt(zmq.MAXMSGSIZE, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
         socket.setsockopt(zmq.LINGER, 0)
         notice_silence(socket)
+        if self.keys is not None and address.key:
+            self.keys.speak_to(socket, address.key)
         monitor = socket.get_monitor_socket(_LOST)
         peer = _Peer(address, socket, monitor)
         self.watch(socket, partial(self._receive_some, peer))
         self.watch(monitor, partial(self._watch_connection, peer))
-        socket.connect(f"tcp://{_name(address)}")
+        socket.connect(f"tcp://{address}")
         return peer
 
     def _watch_connection(self, peer: _Peer) -> None:
-        recv_monitor_message(peer.monitor, zmq.NOBLOCK)
-        self._lose(peer.address, f"Lost the connection to prefill rank {_name(peer.address)}.")
+        event = recv_monitor_message(peer.monitor, zmq.NOBLOCK)["event"]
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._lose(peer.address, f"Prefill rank {peer.address} does not have this server's key among its peers.")
+        else:
+            self._lose(peer.address, f"Lost the connection to prefill rank {peer.address}.")
 
     def _lose(self, address: Address, reason: str) -> None:
         """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
@@ -198,12 +227,12 @@ class ReceivingEndpoint(SocketLoop):
 
     def _receive_some(self, peer: _Peer) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
-            if peer.socket.closed or (parts := receive(peer.socket)) is None:
+            if peer.socket.closed or (message := receive(peer.socket)) is None:
                 return
             try:
-                self._dispatch(peer, wire.parse(parts))
+                self._dispatch(peer, wire.parse(message[0]))
             except WireError as error:
-                logger.warning("KV transfer: dropped a frame from %s: %s", _name(peer.address), error)
+                logger.warning("KV transfer: dropped a frame from %s: %s", peer.address, error)
 
     def _dispatch(self, peer: _Peer, frame: Frame) -> None:
         if frame.kind is Kind.PING:
@@ -270,8 +299,3 @@ class ReceivingEndpoint(SocketLoop):
         if room.state is ReceiveState.RECEIVING:
             room.reason = reason
             room.state = ReceiveState.FAILED
-
-
-def _name(address: Address) -> str:
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

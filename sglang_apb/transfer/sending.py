@@ -15,6 +15,7 @@ import zmq
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
+from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
@@ -47,8 +48,8 @@ class _Early:
 class SendingEndpoint(SocketLoop):
     """Listens on `host` at `port`. Asks wait in the socket until `start_sending`, when the pool exists."""
 
-    def __init__(self, host: str, early_ask_seconds: float = 300.0):
-        super().__init__("kv-sending")
+    def __init__(self, host: str, early_ask_seconds: float = 300.0, keys: Keys | None = None):
+        super().__init__("kv-sending", keys)
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -56,6 +57,8 @@ class SendingEndpoint(SocketLoop):
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
         notice_silence(self._socket)
+        if keys is not None:
+            keys.listen(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         self._lock = threading.Lock()
         self._rooms: dict[int, SendRoom] = {}
@@ -214,9 +217,13 @@ class SendingEndpoint(SocketLoop):
 
     def _receive_all(self) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
-            if (parts := receive(self._socket, wire.MAX_PARTS + 1)) is None:
+            if (message := receive(self._socket, wire.MAX_PARTS + 1)) is None:
                 return
+            parts, key = message
             identity = bytes(parts[0])
+            if self.keys is not None and not self.keys.peers.allows(key):
+                self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_room_of(parts)))
+                continue
             try:
                 self._dispatch(identity, wire.parse(parts[1:]))
             except wire.VersionError as error:
@@ -318,6 +325,15 @@ class SendingEndpoint(SocketLoop):
 
     def _expiry(self) -> float:
         return time.monotonic() + self._early_ask_seconds
+
+
+def _room_of(parts: Sequence[Buffer]) -> tuple[int, int]:
+    """Room and attempt of what may be a frame."""
+    try:
+        frame = wire.parse(parts[1:])
+    except WireError:
+        return 0, 0
+    return frame.room, frame.attempt
 
 
 def _same_ask(before: _Early | None, early: _Early) -> bool:

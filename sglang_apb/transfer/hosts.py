@@ -1,0 +1,26 @@
+"""Where a server's transfer sockets listen."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+
+def listening_host(host: str) -> str:
+    """The address for `--host`: loopback exactly when the server itself is on it.
+
+    Raises OSError when `host` is a name that cannot be resolved.
+    """
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = ipaddress.ip_address(socket.getaddrinfo(host, None)[0][4][0])
+    if address.is_unspecified:
+        from sglang.srt.utils.network import get_local_ip_auto
+
+        address = ipaddress.ip_address(get_local_ip_auto())
+    return str(address)
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
