@@ -9,7 +9,8 @@ from typing import Any
 
 from sglang_apb import attention, backends, config, settings
 from sglang_apb.transfer import hosts, keys
-from sglang_apb.transfer.keys import TransferConfig
+from sglang_apb.transfer.config import OPTION as TRANSFER_OPTION
+from sglang_apb.transfer.config import TransferConfig
 
 # ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
@@ -71,7 +72,7 @@ class PluginOptions:
 
     def transfer(self) -> TransferConfig:
         """Raises ConfigError."""
-        return settings.parse(keys.OPTION, self.transfer_text, TransferConfig, {})
+        return settings.parse(TRANSFER_OPTION, self.transfer_text, TransferConfig, {})
 
 
 def add_to_parser(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +96,7 @@ def add_to_parser(parser: argparse.ArgumentParser) -> None:
         + config.describe().replace("%", "%%"),
     )
     group.add_argument(
-        keys.OPTION,
+        TRANSFER_OPTION,
         default=None,
         help="JSON object or file for --disaggregation-transfer-backend zmq. " + settings.describe(TransferConfig),
     )
@@ -109,8 +110,8 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
     if server_args.disaggregation_transfer_backend != BACKEND or server_args.disaggregation_mode == "null":
         if options.transfer_text is not None:
             raise OptionError(
-                f"{keys.OPTION} needs --disaggregation-transfer-backend {BACKEND} and --disaggregation-mode prefill "
-                "or decode"
+                f"{TRANSFER_OPTION} needs --disaggregation-transfer-backend {BACKEND}, and --disaggregation-mode "
+                "prefill or decode"
             )
         return
     transfer = options.transfer()
@@ -120,8 +121,8 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
     if not hosts.is_loopback(address):
         raise OptionError(
             f"--host {server_args.host} would send KV unencrypted from {address}: make keys with `sglang-apb keys` and "
-            f"give them with {keys.OPTION}; if nobody else is on that network, "
-            f"""give {keys.OPTION} '{{"allow_unencrypted": true}}'"""
+            f"give them with {TRANSFER_OPTION}; if nobody else is on that network, "
+            f"""give {TRANSFER_OPTION} '{{"allow_unencrypted": true}}'"""
         )
 
 

@@ -66,7 +66,12 @@ def server(model: Path, log_dir: Path, *arguments: str) -> LocalServer:
 
 
 def cluster(
-    model: Path, log_dir: Path, num_ranks: int, *prefill_arguments: str, arguments: tuple[str, ...] = ()
+    model: Path,
+    log_dir: Path,
+    num_ranks: int,
+    *prefill_arguments: str,
+    arguments: tuple[str, ...] = (),
+    decode_arguments: tuple[str, ...] = (),
 ) -> LocalCluster:
     """Prefill on `num_ranks` ranks, decode and router over zmq, in float32. `arguments` go to both servers."""
     return LocalCluster(
@@ -76,4 +81,5 @@ def cluster(
         sp_size=num_ranks,
         arguments=[*FLOAT32, *arguments],
         prefill_arguments=prefill_arguments,
+        decode_arguments=decode_arguments,
     )

@@ -15,7 +15,7 @@ from sglang_apb.commands.report import prefill_report
 from sglang_apb.commands.servers import LocalCluster
 
 pytestmark = pytest.mark.server
-LENGTH, NUM_PROMPTS = 4096, 2
+LENGTH, NUM_PROMPTS = 3072, 2
 
 
 def complete(url: str, text: str, **fields: Any) -> Any:

@@ -20,8 +20,9 @@ from sglang_apb.options import OptionError, PluginOptions, check_transfer
 from sglang_apb.settings import ConfigError
 from sglang_apb.transfer import directory, wire
 from sglang_apb.transfer.bootstrap import BACKEND, KEY_HEADER
+from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import Lookup
-from sglang_apb.transfer.keys import Keys, TransferConfig, create, load
+from sglang_apb.transfer.keys import Keys, create, load
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.receiving import ReceiveState
 from sglang_apb.transfer.wire import Ask, Kind
@@ -155,6 +156,7 @@ def test_settings_that_cannot_work_are_refused(folder: Path) -> None:
         ({"secret_key": secret}, "together"),
         ({"secret_key": 1, "peers": peers}, "must be a path"),
         ({"allow_unencrypted": "yes"}, "must be true or false"),
+        ({"contact_seconds": 0}, "above 0, not 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             TransferConfig(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-import zmq
+from hostile import FakeDecode, FakePrefill, honest_frames
 from transfer_peers import (
     AUX_LENS,
     COMPAT,
@@ -28,7 +27,7 @@ from sglang_apb.transfer import wire
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.receiving import ReceiveState
-from sglang_apb.transfer.wire import Announce, Ask, Block, End, Kind, Stop
+from sglang_apb.transfer.wire import Ask, Stop
 
 ZIGZAG: dict[int, list[list[PageRange]]] = {
     1: [[(0, 120)]],
@@ -225,12 +224,12 @@ def test_closing_on_decode_stops_the_prefill_rank_and_late_frames() -> None:
 
 def test_a_frame_that_was_looked_up_before_the_room_closed_is_not_written() -> None:
     """The pages may belong to another request by then."""
-    with cluster() as peers, _FakePrefill() as prefill:
+    with cluster() as peers, FakePrefill() as prefill:
         decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
         room, attempt = prefill.wait_for_ask()
         peers.receiver.close(decode)
         peers.receiver._rooms[1] = decode
-        for frame in _honest_frames(room, attempt):
+        for frame in honest_frames(room, attempt):
             prefill.send(frame)
         assert not received(decode, 0.2)
         assert not any(rows(peers.pool, range(500)))
@@ -272,7 +271,7 @@ def test_closing_on_decode_before_prefill_knows_the_request() -> None:
 
 
 def test_a_late_stop_does_not_hit_the_next_request_of_its_room() -> None:
-    with cluster() as peers, _Peer(peers) as stranger:
+    with cluster() as peers, FakeDecode(peers) as stranger:
         late_stop = wire.pack_message(Stop("Too late."), 1, 7)
         stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
         first = peers.senders[0].open(1)
@@ -348,7 +347,7 @@ def test_a_dead_prefill_rank_fails_its_requests_only() -> None:
 
 
 def test_a_dead_decode_server_fails_its_requests_only() -> None:
-    with cluster() as peers, _Peer(peers) as stranger:
+    with cluster() as peers, FakeDecode(peers) as stranger:
         lost, kept = peers.senders[0].open(1), peers.senders[0].open(2)
         stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
         decode = peers.ask(2, np.arange(8))
@@ -360,152 +359,3 @@ def test_a_dead_decode_server_fails_its_requests_only() -> None:
         assert wait_for(lambda: lost.state is SendState.FAILED)
         assert "Lost the connection to the decode server" in lost.reason
         assert received(decode)
-
-
-class _Peer:
-    """A decode server that sends what it likes."""
-
-    def __init__(self, peers: Cluster):
-        self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.DEALER)
-        self.socket.connect(f"tcp://127.0.0.1:{peers.senders[0].port}")
-
-    def __enter__(self) -> _Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=0)
-
-    def send(self, parts: list[wire.Buffer]) -> None:
-        self.socket.send_multipart(parts or [b""])
-
-
-class _FakePrefill:
-    """A prefill rank that sends what it likes: one ROUTER that knows the decode server that asked."""
-
-    def __init__(self) -> None:
-        self._context = zmq.Context()
-        self.socket = self._context.socket(zmq.ROUTER)
-        self.address = ("127.0.0.1", self.socket.bind_to_random_port("tcp://127.0.0.1"))
-
-    def __enter__(self) -> _FakePrefill:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.destroy(linger=0)
-
-    def wait_for_ask(self) -> tuple[int, int]:
-        assert self.socket.poll(5000)
-        self.identity, *parts = self.socket.recv_multipart()
-        frame = wire.parse(parts)
-        assert frame.kind is Kind.ASK
-        return frame.room, frame.attempt
-
-    def send(self, parts: list[wire.Buffer]) -> None:
-        self.socket.send_multipart([self.identity, *(parts or [b""])])
-
-
-def _honest_frames(room: int, attempt: int, pool_seed: int = 1) -> list[list[wire.Buffer]]:
-    """Eight pages, one frame a buffer."""
-    data = random.Random(pool_seed)
-    blocks = [Block(buffer, 1, 0, 8) for buffer in range(len(ITEM_LENS))]
-    return [
-        wire.pack_message(Announce([(0, 8)]), room, attempt),
-        *(
-            wire.pack(Kind.DATA, room, attempt, block.pack(), data.randbytes(wire.block_bytes(block, ITEM_LENS)))
-            for block in blocks
-        ),
-        wire.pack(Kind.AUX, room, attempt, b"", data.randbytes(sum(AUX_LENS))),
-        wire.pack_message(End(8 * sum(ITEM_LENS), 0, {}), room, attempt),
-    ]
-
-
-@pytest.mark.parametrize("dropped", range(9))
-def test_a_dropped_frame_is_never_complete(dropped: int) -> None:
-    with cluster() as peers, _FakePrefill() as prefill:
-        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
-        room, attempt = prefill.wait_for_ask()
-        frames = _honest_frames(room, attempt)
-        for index, frame in enumerate(frames):
-            if index != dropped:
-                prefill.send(frame)
-        assert not received(decode, 0.3)
-        last = len(frames) - 1
-        expected = ReceiveState.RECEIVING if dropped in (0, last) else ReceiveState.FAILED
-        assert decode.state is expected
-        assert not any(rows(peers.aux, range(8)))
-
-
-@pytest.mark.parametrize("damaged", range(9))
-def test_a_damaged_frame_is_never_complete(damaged: int) -> None:
-    with cluster() as peers, _FakePrefill() as prefill:
-        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
-        room, attempt = prefill.wait_for_ask()
-        for index, frame in enumerate(_honest_frames(room, attempt)):
-            if index == damaged:
-                frame[-1] = bytes(frame[-1][:-1]) + bytes([frame[-1][-1] ^ 1])
-            prefill.send(frame)
-        assert not received(decode, 0.3)
-        assert not any(rows(peers.aux, range(8)))
-
-
-def test_frames_of_another_attempt_or_room_are_ignored() -> None:
-    with cluster() as peers, _FakePrefill() as prefill:
-        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
-        room, attempt = prefill.wait_for_ask()
-        for frame in (*_honest_frames(room, attempt + 1, 2), *_honest_frames(room + 1, attempt, 3)):
-            prefill.send(frame)
-        time.sleep(0.1)
-        assert decode.state is ReceiveState.RECEIVING and not any(rows(peers.pool, range(500)))
-        for frame in _honest_frames(room, attempt):
-            prefill.send(frame)
-        assert received(decode)
-
-
-def test_hostile_frames_do_not_stop_the_decode_thread(caplog: pytest.LogCaptureFixture) -> None:
-    rng = random.Random(5)
-    with cluster() as peers, _FakePrefill() as prefill:
-        hostile = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
-        honest = peers.receiver.open(2, peers.addresses, np.arange(8) + 8, 1)
-        sending = peers.senders[0].open(2)
-        room, attempt = prefill.wait_for_ask()
-        for _ in range(4000):
-            prefill.send(_hostile_frame(rng, room, attempt))
-        assert asked(sending)
-        send_owned(peers.senders[0], sending, np.arange(8), [(0, 8)], 0)
-        assert received(honest)
-        assert hostile.state is not ReceiveState.COMPLETE
-        assert rows(peers.pool, np.arange(8) + 8) == rows(peers.pools[0], np.arange(8))
-        assert not any(rows(peers.pool, np.arange(16, 500)))
-    assert not [record for record in caplog.records if record.exc_info]
-
-
-def test_hostile_frames_do_not_stop_the_prefill_thread(caplog: pytest.LogCaptureFixture) -> None:
-    rng = random.Random(6)
-    with cluster() as peers, _Peer(peers) as stranger:
-        for _ in range(4000):
-            stranger.send(_hostile_frame(rng, rng.randrange(100, 200), rng.randrange(1 << 40)))
-        decode = peers.ask(2, np.arange(8))
-        sending = peers.senders[0].open(2)
-        assert asked(sending)
-        send_owned(peers.senders[0], sending, np.arange(8), [(0, 8)], 0)
-        assert received(decode)
-    assert not [record for record in caplog.records if record.exc_info]
-
-
-def _hostile_frame(rng: random.Random, room: int, attempt: int) -> list[wire.Buffer]:
-    """Garbage, damaged frames, and frames that are well formed but say what is not so."""
-    choice = rng.randrange(5)
-    if choice == 0:
-        return [rng.randbytes(rng.randrange(100)) for _ in range(rng.randrange(8))]
-    if choice == 1:
-        frame = rng.choice(_honest_frames(room, attempt))
-        part = rng.randrange(len(frame))
-        frame[part] = bytes(frame[part])[: rng.randrange(len(frame[part]) + 1)] + rng.randbytes(2)
-        return frame
-    if choice == 2:
-        block = Block(*(rng.choice((0, 1, 7, 8, 2**31, 2**32 - 1)) for _ in range(4)))
-        return wire.pack(Kind.DATA, room, attempt, block.pack(), rng.randbytes(rng.randrange(2000)))
-    if choice == 3:
-        return wire.pack(rng.choice(list(Kind)[:6]), room, attempt, rng.randbytes(rng.randrange(30)))
-    return wire.pack_message(rng.choice((Ask(COMPAT, 2**26, 0), End(0, 0, {}), Stop("x"))), room, attempt + 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from sglang_apb.commands import CommandError
 from sglang_apb.settings import ConfigError
 from sglang_apb.transfer import keys
+from sglang_apb.transfer.config import OPTION
 
 HELP = "make the keys with which prefill and decode servers know each other"
 
@@ -26,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"Copy {args.folder / keys.PEERS} to every server, and to each its own secret file. Start them with\n")
     for secret in secrets:
         values = {"secret_key": str(secret), "peers": str(args.folder / keys.PEERS)}
-        print(f"  {secret.stem:<16} {keys.OPTION} '{json.dumps(values)}'")
+        print(f"  {secret.stem:<16} {OPTION} '{json.dumps(values)}'")
     return 0

@@ -59,6 +59,11 @@ class ProcessGroup:
             )
 
     @property
+    def pid(self) -> int | None:
+        """Of the guard, whose descendants are the command and all that it started; None before `start`."""
+        return self._guard.pid if self._guard else None
+
+    @property
     def exit_status(self) -> int | None:
         """The command's exit status, 128 + n after signal n; None while it runs or before `start`."""
         return self._guard.poll() if self._guard else None

@@ -26,7 +26,8 @@ from sglang_apb.transfer.bootstrap import (
     decode,
     find_refusal,
 )
-from sglang_apb.transfer.keys import OPTION, Keys
+from sglang_apb.transfer.config import OPTION
+from sglang_apb.transfer.keys import Keys
 
 logger = logging.getLogger(__name__)
 

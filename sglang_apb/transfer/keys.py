@@ -17,29 +17,12 @@ from pathlib import Path
 import zmq
 import zmq.auth
 
-from sglang_apb.settings import ConfigError, setting
+from sglang_apb.settings import ConfigError
+from sglang_apb.transfer.config import OPTION, TransferConfig
 
 logger = logging.getLogger(__name__)
 
-OPTION = "--kv-transfer-config"
 PEERS = "peers"
-
-
-@dataclass(frozen=True)
-class TransferConfig:
-    secret_key: str | None = setting(None, "file with this server's key pair, made by `sglang-apb keys`")
-    peers: str | None = setting(None, "folder with the public keys of the servers that it may talk to")
-    allow_unencrypted: bool = setting(False, "let KV leave this machine without keys")
-
-    def __post_init__(self) -> None:
-        for name in ("secret_key", "peers"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ConfigError(f"{name} of {OPTION} must be a path, not {value!r}")
-        if not isinstance(self.allow_unencrypted, bool):
-            raise ConfigError(f"allow_unencrypted of {OPTION} must be true or false, not {self.allow_unencrypted!r}")
-        if (self.secret_key is None) != (self.peers is None):
-            raise ConfigError(f"{OPTION} needs secret_key and peers together: one says who this server is, one whom it")
 
 
 class PeerKeys:

@@ -16,6 +16,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_apb.transfer import hosts, keys
 from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
+from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
 from sglang_apb.transfer.receiving import ReceivingEndpoint
@@ -42,7 +43,8 @@ class ZmqKVManager(CommonKVManager):
         is_mla_backend: bool | None = False,
     ):
         _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
-        transfer = server_args.plugin_options.transfer()
+        transfer: TransferConfig = server_args.plugin_options.transfer()
+        self.contact_seconds = transfer.contact_seconds
         self._keys = keys.load(transfer)
         with _local_ip(hosts.listening_host(server_args.host)):
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
@@ -57,7 +59,7 @@ class ZmqKVManager(CommonKVManager):
 
     def register_to_bootstrap(self) -> None:
         """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
-        self.sending = SendingEndpoint(self.local_ip, keys=self._keys)
+        self.sending = SendingEndpoint(self.local_ip, keys=self._keys, with_metrics=self.server_args.enable_metrics)
         self.rank_port = self.sending.port
         super().register_to_bootstrap()
 
@@ -80,7 +82,9 @@ class ZmqKVManager(CommonKVManager):
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             self.sending.start_sending(pages, aux, compat)
         else:
-            self.receiving = ReceivingEndpoint(pages, aux, compat, self._keys)
+            self.receiving = ReceivingEndpoint(
+                pages, aux, compat, self._keys, with_metrics=self.server_args.enable_metrics
+            )
             self.receiving.start()
             self._start_heartbeat_checker_thread()
 

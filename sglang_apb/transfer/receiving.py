@@ -21,6 +21,7 @@ from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
+from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
@@ -101,8 +102,11 @@ class _Peer:
 
 
 class ReceivingEndpoint(SocketLoop):
-    def __init__(self, pages: Pages, aux: Pages, compat: Compat, keys: Keys | None = None):
+    def __init__(
+        self, pages: Pages, aux: Pages, compat: Compat, keys: Keys | None = None, *, with_metrics: bool = False
+    ):
         super().__init__("kv-receiving", keys)
+        self._observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat = pages, aux, compat
         self._peers: dict[Address, _Peer] = {}
         self._lock = threading.Lock()
@@ -154,8 +158,10 @@ class ReceivingEndpoint(SocketLoop):
             room.closed = True
         with self._lock:
             del self._rooms[room.room]
+        told = reason or "The decode server gave the request up."
+        if room.state is ReceiveState.RECEIVING:
+            self._observer.failed(room.room, Cause.GIVEN_UP, told)
         if room.state is not ReceiveState.COMPLETE:
-            told = reason or "The decode server gave the request up."
             self.refuse(room.room, room.ranks, told, room.attempt)
 
     def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0) -> None:
@@ -178,6 +184,7 @@ class ReceivingEndpoint(SocketLoop):
         peer = self._peers.get(address)
         if peer is None:
             peer = self._peers[address] = self._connect(address)
+            self._observer.has_peers(len(self._peers))
         return peer
 
     def _connect(self, address: Address) -> _Peer:
@@ -207,6 +214,7 @@ class ReceivingEndpoint(SocketLoop):
         """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
         peer = self._peers.pop(address, None)
         if peer is not None:
+            self._observer.has_peers(len(self._peers))
             peer.socket.disable_monitor()
             self.forget(peer.monitor)
             self.forget(peer.socket)
@@ -215,7 +223,7 @@ class ReceivingEndpoint(SocketLoop):
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
         for room in affected:
             room.lost_rank = True
-            self._fail(room, reason)
+            self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, reason)
 
@@ -232,7 +240,7 @@ class ReceivingEndpoint(SocketLoop):
             try:
                 self._dispatch(peer, wire.parse(message[0]))
             except WireError as error:
-                logger.warning("KV transfer: dropped a frame from %s: %s", peer.address, error)
+                self._observer.refused_frame(str(peer.address), error)
 
     def _dispatch(self, peer: _Peer, frame: Frame) -> None:
         if frame.kind is Kind.PING:
@@ -251,7 +259,7 @@ class ReceivingEndpoint(SocketLoop):
             try:
                 self._take(room, room.ranks.index(peer.address), frame)
             except TransferError as error:
-                self._fail(room, str(error))
+                self._fail(room, str(error), Cause.PEER if frame.kind is Kind.STOP else Cause.INCOMPLETE)
                 return
         if room.state is ReceiveState.COMPLETE:
             self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt))
@@ -294,8 +302,10 @@ class ReceivingEndpoint(SocketLoop):
         self._aux.scatter(0, len(self._aux.item_lens), row, room.assembly.aux or b"")
         room.finished = time.monotonic()
         room.state = ReceiveState.COMPLETE
+        self._observer.ended(room.room, room.assembly.num_bytes, room.assembly.num_hidden_bytes, room.seconds)
 
-    def _fail(self, room: ReceiveRoom, reason: str) -> None:
+    def _fail(self, room: ReceiveRoom, reason: str, cause: Cause) -> None:
         if room.state is ReceiveState.RECEIVING:
+            self._observer.failed(room.room, cause, reason)
             room.reason = reason
             room.state = ReceiveState.FAILED

@@ -16,6 +16,7 @@ from sglang.srt.disaggregation.utils import _get_cp_rank_page_bounds
 
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.manager import ZmqKVManager
+from sglang_apb.transfer.observer import Cause
 from sglang_apb.transfer.outbox import IsFinal, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
@@ -34,6 +35,7 @@ class ZmqKVSender(CommonKVSender):
     num_kv_indices: int
     curr_idx: int
     conclude_state: int | None
+    init_time: float
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class ZmqKVSender(CommonKVSender):
         if self.kv_mgr.request_status.get(self.bootstrap_room) == KVPoll.Failed:
             return KVPoll.Failed
         status = _POLL[self._room.state]
-        if status == KVPoll.Bootstrapping and self._check_bootstrap_timeout() is not None:
+        if status == KVPoll.Bootstrapping and (self._was_left_alone() or self._check_bootstrap_timeout() is not None):
             return KVPoll.Failed
         if status == KVPoll.WaitingForInput and self._announced:
             status = self._check_transfer_timeout()
@@ -151,7 +153,7 @@ class ZmqKVSender(CommonKVSender):
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
         reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._room.reason
-        self._close(reason)
+        self._close(reason or "The request failed on another prefill rank.")
         self.clear()
         raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
 
@@ -195,22 +197,33 @@ class ZmqKVSender(CommonKVSender):
         )
         return False
 
+    def _was_left_alone(self) -> bool:
+        """A decode server speaks of a request as soon as its scheduler sees it, long before it has memory for it."""
+        seconds = self.kv_mgr.contact_seconds
+        if self._room.identity or time.time() - self.init_time < seconds:
+            return False
+        self._fail(
+            f"No decode server has spoken of the request for {seconds:g} s: is it running and not stuck?", Cause.TIMEOUT
+        )
+        return True
+
     def _check_transfer_timeout(self) -> int:
         if time.time() - self._last_send < self.kv_mgr.bootstrap_timeout:
             return KVPoll.Transferring
         self._fail(
             f"The decode server has not confirmed the request's KV for {self.kv_mgr.bootstrap_timeout} s "
-            f"(SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT)."
+            f"(SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT).",
+            Cause.TIMEOUT,
         )
         return KVPoll.Failed
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
         self.conclude_state = KVPoll.Failed
-        self._close(reason)
+        self._close(reason, cause)
 
-    def _close(self, reason: str) -> None:
-        self.kv_mgr.sending.close(self._room, reason)
+    def _close(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
+        self.kv_mgr.sending.close(self._room, reason, cause)
 
     def _take_is_final(self) -> IsFinal:
         """SGLang sends a cached prefix before the batch that may be writing it has ended, with this event."""

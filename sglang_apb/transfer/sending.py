@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -17,6 +18,7 @@ from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
+from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater, Pages, layer_buffers, plan_blocks
@@ -28,8 +30,9 @@ logger = logging.getLogger(__name__)
 SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
 PROBE_MS = 500
-MAX_EARLY_ASKS = 1 << 16
+MAX_EARLY_ASKS = 1 << 13
 MAX_FRAMES_A_TURN = 64
+MAX_PEERS = 4096
 _PING = wire.pack(Kind.PING, 0, 0)
 
 
@@ -48,8 +51,17 @@ class _Early:
 class SendingEndpoint(SocketLoop):
     """Listens on `host` at `port`. Asks wait in the socket until `start_sending`, when the pool exists."""
 
-    def __init__(self, host: str, early_ask_seconds: float = 300.0, keys: Keys | None = None):
+    def __init__(
+        self,
+        host: str,
+        early_ask_seconds: float = 300.0,
+        keys: Keys | None = None,
+        *,
+        with_metrics: bool = False,
+    ):
         super().__init__("kv-sending", keys)
+        self._observer = Observer("prefill", with_metrics)
+        self._peers: set[bytes] = set()
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -106,7 +118,7 @@ class SendingEndpoint(SocketLoop):
         room.num_hidden_bytes = room.num_bytes
         self._put(room, lambda: self._tail(room, aux_index, dict(info)))
 
-    def close(self, room: SendRoom, reason: str = "") -> None:
+    def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
         with self._lock:
             if room.closed:
@@ -114,7 +126,7 @@ class SendingEndpoint(SocketLoop):
             room.closed = True
             if self._rooms.get(room.room) is room:
                 del self._rooms[room.room]
-        self.call(partial(self._drop, room, reason or "The prefill server gave the request up."))
+        self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
 
     def work(self) -> int | None:
         if time.monotonic() >= self._next_probe:
@@ -137,19 +149,18 @@ class SendingEndpoint(SocketLoop):
 
     def _probe(self) -> None:
         """Finds decode servers whose connection is gone: ZMQ tells only one who sends."""
-        with self._lock:
-            identities = {room.identity for room in self._rooms.values()}
-            identities |= {early.identity for early in self._early.values()}
-        for identity in identities - {b""}:
+        for identity in list(self._peers):
             try:
                 self._socket.send_multipart([identity, *_PING], zmq.NOBLOCK)
             except zmq.Again:
                 continue  # there, and busy with what was sent before
             except zmq.ZMQError as error:
                 self._lose(identity, f"Lost the connection to the decode server ({error}).")
+        self._observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
+        self._peers.discard(identity)
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
             for room_id, early in self._early.items():
@@ -157,7 +168,7 @@ class SendingEndpoint(SocketLoop):
                     gone = Frame(Kind.STOP, room_id, 0)
                     self._early[room_id] = _Early(b"", gone, None, reason, early.expires)
         for room in rooms:
-            self._fail(room, reason)
+            self._fail(room, reason, Cause.LOST)
 
     def _put(self, room: SendRoom, frames: Callable[[], Frames], is_final: IsFinal = always) -> None:
         def enqueue() -> None:
@@ -192,7 +203,7 @@ class SendingEndpoint(SocketLoop):
             return room.next_frame() if room.is_sending else None
         except Exception as error:
             logger.exception("KV transfer: could not read the pages of room %d", room.room)
-            self._fail(room, f"The prefill server could not read the request's pages: {error!r}.")
+            self._fail(room, f"The prefill server could not read the request's pages: {error!r}.", Cause.ERROR)
             self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
             return None
 
@@ -226,25 +237,28 @@ class SendingEndpoint(SocketLoop):
                 continue
             try:
                 self._dispatch(identity, wire.parse(parts[1:]))
+                if len(self._peers) < MAX_PEERS:
+                    self._peers.add(identity)
             except wire.VersionError as error:
                 reason = (
                     f"The decode server speaks wire version {error.version}, the prefill server "
                     f"{wire.VERSION}: install the same version of sglang-apb on both."
                 )
-                self._settle(error.frame.room, _Early(identity, error.frame, None, reason, self._expiry()))
+                self._settle(error.frame.room, self._early_of(identity, error.frame, reason))
             except WireError as error:
-                logger.warning("KV transfer: dropped a frame from a decode server: %s", error)
+                self._observer.refused_frame("a decode server", error)
 
     def _dispatch(self, identity: bytes, frame: Frame) -> None:
         if frame.kind is Kind.ASK:
             ask = wire.parse_message(frame, Ask)
             reason = find_difference(self._compat, ask.compat) or ""
-            self._settle(frame.room, _Early(identity, frame, ask, reason, self._expiry()))
+            # What is kept must be small, whatever was sent: not the frame's body, nor lists that do not fit.
+            kept = None if reason else msgspec.structs.replace(ask, compat=self._compat)
+            self._settle(frame.room, self._early_of(identity, frame, reason, kept))
         elif frame.kind is Kind.EXPECT:
-            self._settle(frame.room, _Early(identity, frame, None, "", self._expiry()))
+            self._settle(frame.room, self._early_of(identity, frame))
         elif frame.kind is Kind.STOP:
-            reason = wire.parse_message(frame, Stop).reason
-            self._settle(frame.room, _Early(identity, frame, None, reason, self._expiry()))
+            self._settle(frame.room, self._early_of(identity, frame, wire.parse_message(frame, Stop).reason))
         elif frame.kind is Kind.DONE:
             self._complete(identity, frame)
         else:
@@ -278,14 +292,14 @@ class SendingEndpoint(SocketLoop):
         if early.frame.kind is Kind.STOP:
             unasked = room.state is SendState.UNASKED and (was_early or early.frame.attempt == 0)
             if unasked or (room.identity, room.attempt) == (early.identity, early.frame.attempt):
-                self._fail(room, early.reason or "The decode server gave the request up.")
+                self._fail(room, early.reason or "The decode server gave the request up.", Cause.PEER)
             return
         if room.state is not SendState.UNASKED or room.closed:
             logger.warning("KV transfer: dropped a second ask for room %d", room.room)
             return
         room.identity, room.attempt, room.ask = early.identity, early.frame.attempt, early.ask
         if early.reason:
-            self._fail(room, early.reason)
+            self._fail(room, early.reason, Cause.MISFIT)
             self._reply(room.identity, self._message(room, Stop(early.reason)))
         else:
             room.state = SendState.ASKED
@@ -298,21 +312,27 @@ class SendingEndpoint(SocketLoop):
         if room.state is SendState.ASKED:
             room.finished = time.monotonic()
             room.state = SendState.DONE
+            self._observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
 
-    def _drop(self, room: SendRoom, reason: str) -> None:
+    def _drop(self, room: SendRoom, reason: str, cause: Cause) -> None:
         room.clear()
-        if room.state is SendState.ASKED:
-            self._reply(room.identity, self._message(room, Stop(reason[:2000])))
-        elif room.state is SendState.UNASKED:
+        if room.state in (SendState.ASKED, SendState.UNASKED):
+            self._observer.failed(room.room, cause, reason)
             if room.identity:
-                self._reply(room.identity, wire.pack_message(Stop(reason[:2000]), room.room, 0))
-            given_up = _Early(b"", Frame(Kind.STOP, room.room, 0), None, reason[:2000], self._expiry())
-            with self._lock:
-                if room.room not in self._rooms:
-                    _keep(self._given_up, room.room, given_up)
+                self._reply(room.identity, self._message(room, Stop(reason[:2000])))
+        if room.state in (SendState.UNASKED, SendState.FAILED):
+            self._give_up(room.room, room.reason or reason)
 
-    def _fail(self, room: SendRoom, reason: str) -> None:
-        if room.state is not SendState.DONE:
+    def _give_up(self, room: int, reason: str) -> None:
+        """Who asks for a room that is gone, perhaps over a new connection, is told why."""
+        given_up = self._early_of(b"", Frame(Kind.STOP, room, 0), reason)
+        with self._lock:
+            if room not in self._rooms:
+                _keep(self._given_up, room, given_up)
+
+    def _fail(self, room: SendRoom, reason: str, cause: Cause) -> None:
+        if room.state in (SendState.ASKED, SendState.UNASKED):
+            self._observer.failed(room.room, cause, reason)
             room.reason = reason
             room.state = SendState.FAILED
         room.clear()
@@ -323,8 +343,9 @@ class SendingEndpoint(SocketLoop):
         except zmq.ZMQError as error:
             logger.debug("KV transfer: a decode server did not take a reply: %s", error)
 
-    def _expiry(self) -> float:
-        return time.monotonic() + self._early_ask_seconds
+    def _early_of(self, identity: bytes, frame: Frame, reason: str = "", ask: Ask | None = None) -> _Early:
+        expires = time.monotonic() + self._early_ask_seconds
+        return _Early(identity, Frame(frame.kind, frame.room, frame.attempt), ask, reason[:2000], expires)
 
 
 def _room_of(parts: Sequence[Buffer]) -> tuple[int, int]:

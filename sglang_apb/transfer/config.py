@@ -1,0 +1,34 @@
+"""Every setting of the KV transfer, once: its default, its meaning, its check."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sglang_apb.settings import ConfigError, setting
+
+OPTION = "--kv-transfer-config"
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    secret_key: str | None = setting(None, "file with this server's key pair, made by `sglang-apb keys`")
+    peers: str | None = setting(None, "folder with the public keys of the servers that it may talk to")
+    allow_unencrypted: bool = setting(False, "let KV leave this machine without keys")
+
+    contact_seconds: float = setting(
+        30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("secret_key", "peers"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} of {OPTION} must be a path, not {value!r}")
+        if not isinstance(self.allow_unencrypted, bool):
+            raise ConfigError(f"allow_unencrypted of {OPTION} must be true or false, not {self.allow_unencrypted!r}")
+        seconds = self.contact_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+            raise ConfigError(f"contact_seconds of {OPTION} must be a number of seconds above 0, not {seconds!r}")
+        if (self.secret_key is None) != (self.peers is None):
+            raise ConfigError(f"{OPTION} needs secret_key and peers together: one says who this server is, one whom it")

@@ -1,0 +1,64 @@
+"""Frames that are lost, damaged, late, or sent to do harm: nothing is ever half there, and nobody else notices."""
+
+from __future__ import annotations
+
+import time
+
+import fuzz_transfer
+import numpy as np
+import pytest
+from hostile import FRAMES, FakePrefill, honest_frames
+from transfer_peers import cluster, received, rows
+
+from sglang_apb.transfer.receiving import ReceiveState
+
+
+@pytest.mark.parametrize("dropped", range(9))
+def test_a_dropped_frame_is_never_complete(dropped: int) -> None:
+    with cluster() as peers, FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        frames = honest_frames(room, attempt)
+        for index, frame in enumerate(frames):
+            if index != dropped:
+                prefill.send(frame)
+        assert not received(decode, 0.3)
+        last = len(frames) - 1
+        expected = ReceiveState.RECEIVING if dropped in (0, last) else ReceiveState.FAILED
+        assert decode.state is expected
+        assert not any(rows(peers.aux, range(8)))
+
+
+@pytest.mark.parametrize("damaged", range(9))
+def test_a_damaged_frame_is_never_complete(damaged: int) -> None:
+    with cluster() as peers, FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        for index, frame in enumerate(honest_frames(room, attempt)):
+            if index == damaged:
+                frame[-1] = bytes(frame[-1][:-1]) + bytes([frame[-1][-1] ^ 1])
+            prefill.send(frame)
+        assert not received(decode, 0.3)
+        assert not any(rows(peers.aux, range(8)))
+
+
+def test_frames_of_another_attempt_or_room_are_ignored() -> None:
+    with cluster() as peers, FakePrefill() as prefill:
+        decode = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        room, attempt = prefill.wait_for_ask()
+        for frame in (*honest_frames(room, attempt + 1, 2), *honest_frames(room + 1, attempt, 3)):
+            prefill.send(frame)
+        time.sleep(0.1)
+        assert decode.state is ReceiveState.RECEIVING and not any(rows(peers.pool, range(500)))
+        for frame in honest_frames(room, attempt):
+            prefill.send(frame)
+        assert received(decode)
+
+
+@pytest.mark.parametrize("side", fuzz_transfer.SIDES)
+def test_hostile_frames_harm_nobody(side: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`python tests/fuzz_transfer.py` sends many more."""
+    report = fuzz_transfer.SIDES[side](num_frames=4000, seed=5)
+    assert report.num_honest > 2 and set(report.sent) == set(FRAMES)
+    assert not [record for record in caplog.records if record.exc_info]
+    assert len([record for record in caplog.records if "dropped a frame" in record.message]) < 100
