@@ -127,7 +127,7 @@ def test_a_decode_server_that_dies_is_noticed(stage: str, fault: signal.Signals)
             assert not room.outbox and room.unsent is None
             check_others_go_on(peers, 3)
             sender.close(room)
-            check_others_go_on(peers, 1)
+            check_others_go_on(peers, 4)
 
 
 def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> None:

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import zmq
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
-from transfer_peers import COMPAT, Cluster, asked, cluster, received, rows, send_owned, wait_for
+from transfer_peers import (
+    AUX_LENS,
+    COMPAT,
+    Cluster,
+    asked,
+    cluster,
+    make_pages,
+    received,
+    rows,
+    send_owned,
+    wait_for,
+)
 
 from sglang_apb import cli
 from sglang_apb.options import OptionError, PluginOptions, check_transfer
@@ -24,7 +35,9 @@ from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import Lookup
 from sglang_apb.transfer.keys import Keys, create, load
 from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.receiving import ReceiveState
+from sglang_apb.transfer.pages import BLOCK_BYTES
+from sglang_apb.transfer.receiving import ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.wire import Ask, Kind
 
 IDS = np.arange(8)
@@ -68,6 +81,28 @@ def test_servers_with_keys_speak_encrypted(folder: Path) -> None:
         assert received(decode), decode.reason
         assert peers.senders[0]._socket.getsockopt(zmq.MECHANISM) == zmq.CURVE
         assert all(peer.socket.getsockopt(zmq.MECHANISM) == zmq.CURVE for peer in peers.receiver._peers.values())
+
+
+def test_the_largest_block_fits_encrypted(folder: Path) -> None:
+    """ZMQ's limit for a part counts what encryption adds."""
+    source, target = (make_pages(seed, (BLOCK_BYTES, 64), 2) for seed in (1, None))
+    aux = make_pages(2, AUX_LENS, 8)
+    sender = SendingEndpoint("127.0.0.1", keys=keys_of(folder, "prefill"))
+    receiver = ReceivingEndpoint(target, aux, COMPAT, keys_of(folder, "decode"))
+    sender.start_sending(source, aux, COMPAT)
+    receiver.start()
+    try:
+        decode = receiver.open(1, [("127.0.0.1", sender.port, keys_of(folder, "prefill").public)], np.arange(2), 0)
+        room = sender.open(1)
+        assert asked(room)
+        sender.announce(room, [(0, 2)])
+        sender.send_pages(room, (0, 2), lambda: np.arange(2), [0])
+        sender.finish(room, 0, {})
+        assert received(decode), decode.reason
+        assert rows(target, [0, 1]) == rows(source, [0, 1])
+    finally:
+        sender.stop()
+        receiver.stop()
 
 
 @pytest.mark.parametrize("who", ["no key", "unknown key"])

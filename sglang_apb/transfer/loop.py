@@ -22,6 +22,8 @@ Handler = Callable[[], None]
 # own thread asks and answers, so a busy scheduler is not taken for a dead one. With PROBE_MS (sending.py): under 5 s.
 PING_MS = 1000
 SILENCE_MS = 2500
+# ZMQ's limit counts what CURVE adds to a part: 33 bytes.
+_ENCRYPTION_BYTES = 64
 
 
 class SocketLoop:
@@ -112,8 +114,10 @@ def _authenticate(context: zmq.Context, keys: Keys) -> ThreadAuthenticator:
     return authenticator
 
 
-def notice_silence(socket: zmq.Socket) -> None:
-    """Before `bind` or `connect`: lets ZMQ close connections to peers that are silent, or never speak."""
+def guard(socket: zmq.Socket, max_bytes: int) -> None:
+    """Before `bind` or `connect`: lets ZMQ close connections to peers that are silent, never speak, or send parts of
+    more than `max_bytes`."""
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _ENCRYPTION_BYTES)
     socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, PING_MS + SILENCE_MS)

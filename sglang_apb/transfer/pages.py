@@ -25,7 +25,7 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 # Measured best for DEALER/ROUTER over TCP: 1 to 2 MB. Smaller ones cost calls, larger ones leave the caches.
-BLOCK_BYTES = 3 << 19
+BLOCK_BYTES = 1 << 20
 
 
 class Pages(Protocol):
@@ -53,6 +53,10 @@ class HostPages:
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
+        where = _run(ids)
+        if where is not None and num_buffers == 1:
+            # As it lies. Nothing writes there before the decode server says DONE, or gives the request up.
+            return rows[0][where].reshape(-1)
         gathered = self._borrow(len(ids) * sum(row.shape[1] for row in rows))
         for source, target in _split(gathered, rows, len(ids)):
             # "clip" lets numpy write straight into `out`; every caller has checked the ids.
@@ -61,8 +65,9 @@ class HostPages:
 
     def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
+        where = _run(ids)
         for target, source in _split(np.frombuffer(payload, np.uint8), rows, len(ids)):
-            target[ids] = source
+            target[ids if where is None else where] = source
 
     def _borrow(self, size: int) -> Bytes:
         """Memory that comes back here once ZMQ has sent it: touching fresh memory costs more than the copy."""
@@ -150,6 +155,13 @@ def plan_blocks(item_lens: Sequence[int], buffers: range, first_page: int, num_p
 def largest_payload(pages: Pages, aux: Pages) -> int:
     """Upper bound in bytes for the payload of any frame between two servers with these pools."""
     return max(BLOCK_BYTES, max(pages.item_lens), sum(aux.item_lens))
+
+
+def _run(ids: PageIds) -> slice | None:
+    """The pages as a slice, when they follow each other: moved at memory speed, rows of a token's K at half of it."""
+    if len(ids) == 0 or ids[-1] - ids[0] != len(ids) - 1 or (len(ids) > 1 and not (np.diff(ids) == 1).all()):
+        return None
+    return slice(int(ids[0]), int(ids[0]) + len(ids))
 
 
 def _split(flat, rows, num_ids: int):

@@ -20,7 +20,7 @@ from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
+from sglang_apb.transfer.loop import SocketLoop, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
@@ -191,9 +191,8 @@ class ReceivingEndpoint(SocketLoop):
         socket = self.context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IPV6, int(":" in address.host))
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
-        socket.setsockopt(zmq.MAXMSGSIZE, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
         socket.setsockopt(zmq.LINGER, 0)
-        notice_silence(socket)
+        guard(socket, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
         if self.keys is not None and address.key:
             self.keys.speak_to(socket, address.key)
         monitor = socket.get_monitor_socket(_LOST)

@@ -17,7 +17,7 @@ import zmq
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.loop import SocketLoop, notice_silence, receive
+from sglang_apb.transfer.loop import SocketLoop, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
@@ -66,9 +66,8 @@ class SendingEndpoint(SocketLoop):
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_BODY_BYTES)
         self._socket.setsockopt(zmq.LINGER, 0)
-        notice_silence(self._socket)
+        guard(self._socket, wire.MAX_BODY_BYTES)
         if keys is not None:
             keys.listen(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")

@@ -10,6 +10,7 @@ KINDS = {
     "ttft": "sglang_apb.commands.bench.ttft",
     "kernels": "sglang_apb.commands.bench.kernels",
     "layer": "sglang_apb.commands.bench.layer",
+    "transfer": "sglang_apb.commands.bench.transfer",
 }
 
 

@@ -1,0 +1,94 @@
+"""`sglang-apb bench transfer`: a prompt's KV from one process to another on this machine, beside other ways to send it.
+
+Both processes hold a KV pool. Times are from the decode side's request to its last byte, in place; a raw socket, with
+nothing to gather, check or place, is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sglang_apb.commands.bench.arguments import count
+from sglang_apb.commands.bench.table import markdown
+from sglang_apb.commands.report import write_result
+
+HELP = "KV from process to process, against a raw socket and Mooncake"
+RAW = "raw TCP socket"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """KV of `num_tokens` tokens: `num_buffers` buffers (K and V of each layer), `item_len` bytes a token in each."""
+
+    name: str
+    num_buffers: int
+    item_len: int
+    num_tokens: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_buffers * self.item_len * self.num_tokens
+
+
+# bfloat16: KV heads x head size x 2 bytes.
+PROMPTS = {
+    "smollm2": Prompt("SmolLM2, 6,000 tokens", num_buffers=2 * 30, item_len=3 * 64 * 2, num_tokens=6000),
+    "1gb": Prompt("Llama-3.1-8B, 8,192 tokens", num_buffers=2 * 32, item_len=8 * 128 * 2, num_tokens=8192),
+}
+
+
+@dataclass(frozen=True)
+class Time:
+    prompt: str
+    way: str
+    num_bytes: int
+    seconds: list[float]
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.num_bytes / statistics.median(self.seconds) / 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS), help="whose KV to send")
+    parser.add_argument("--repeats", type=count, default=7, help="of which the median counts")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="for all figures, and the settings")
+
+
+def run(args: argparse.Namespace) -> int:
+    from sglang_apb.commands.bench.transfer_peers import time_ways
+
+    times: list[Time] = []
+    notes: list[str] = []
+    for name in args.prompts:
+        found, more = time_ways(PROMPTS[name], args.repeats)
+        times += found
+        notes += [note for note in more if note not in notes]
+    print("\n".join(["", describe(times), "", *(f"- {note}" for note in notes)]))
+    if args.output:
+        settings = {"prompts": args.prompts, "repeats": args.repeats}
+        results = [asdict(time) | {"gb_per_s": time.gb_per_s} for time in times]
+        write_result(args.output, model=None, settings=settings, notes=notes, results=results)
+        print(f"written to {args.output}")
+    return 0
+
+
+def describe(times: Sequence[Time]) -> str:
+    """The table: a row for each prompt and way, with its rate as a share of the raw socket's."""
+    raw = {time.prompt: time.gb_per_s for time in times if time.way == RAW}
+    rows = [
+        [
+            time.prompt,
+            time.way,
+            f"{time.num_bytes / 1e6:,.0f}",
+            f"{statistics.median(time.seconds) * 1e3:.0f}",
+            f"{time.gb_per_s:.2f}",
+            f"{time.gb_per_s / raw[time.prompt]:.2f}",
+        ]
+        for time in times
+    ]
+    return markdown(["KV of", "way", "MB", "ms", "GB/s", "of raw socket"], rows)

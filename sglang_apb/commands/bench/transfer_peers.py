@@ -1,0 +1,254 @@
+"""The two processes of `bench transfer`: the prefill side is a child, the decode side this process."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
+from sglang_apb.transfer import keys
+from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.config import TransferConfig
+from sglang_apb.transfer.outbox import SendState
+from sglang_apb.transfer.pages import Bytes, HostPages, PageIds
+from sglang_apb.transfer.receiving import ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
+
+HOST = "127.0.0.1"
+COPY, ZMQ, SCATTERED, CURVE, MOONCAKE = (
+    "copy in memory",
+    "zmq",
+    "zmq, scattered pages",
+    "zmq, encrypted",
+    "mooncake TCP",
+)
+_WARM_UP = 2
+_AUX_BYTES = 1024
+
+
+class Pool:
+    """A KV pool of exactly the prompt's pages, a token each."""
+
+    def __init__(self, prompt: Prompt, fill: int):
+        self.prompt = prompt
+        size = prompt.item_len * prompt.num_tokens
+        self.buffers: list[Bytes] = [np.full(size, fill + index, np.uint8) for index in range(prompt.num_buffers)]
+        lens = [prompt.item_len] * prompt.num_buffers
+        self.pages = HostPages(self.buffers, lens)
+        self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
+        self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
+
+    def ids(self, *, scattered: bool) -> PageIds:
+        ids = np.arange(self.prompt.num_tokens, dtype=np.int64)
+        return np.random.default_rng(0).permutation(ids) if scattered else ids
+
+    def check(self, fill: int) -> None:
+        """Raises CommandError unless every buffer is filled as the other side's is; then forgets it."""
+        for index, buffer in enumerate(self.buffers):
+            if not (buffer == np.uint8(fill + index)).all():
+                raise CommandError(f"buffer {index} has not arrived whole: this is a bug")
+            buffer[:] = 0
+
+
+def time_ways(prompt: Prompt, repeats: int) -> tuple[list[Time], list[str]]:
+    """Every way's times, and what to say of those that are missing."""
+    times, notes = [], []
+    pool = Pool(prompt, 0)
+    with _prefill_side(prompt) as (pipe, folder):
+        ways: dict[str, Callable[[], Any]] = {
+            COPY: partial(_copy, pool, Pool(prompt, 1)),
+            RAW: partial(_raw_socket, pool, pipe),
+            ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
+            SCATTERED: partial(_zmq, pool, pipe, None, scattered=True),
+            CURVE: partial(_zmq, pool, pipe, folder, scattered=False),
+            MOONCAKE: partial(_mooncake, pool, pipe),
+        }
+        for way, start in tqdm(ways.items(), desc=prompt.name, unit="way"):
+            try:
+                with start() as once:
+                    seconds = [once() for _ in range(_WARM_UP + repeats)][_WARM_UP:]
+            except (ImportError, OSError) as error:
+                notes.append(f"{way}: not measured ({error})")
+                continue
+            pool.check(1)
+            times.append(Time(prompt.name, way, prompt.num_bytes, seconds))
+    return times, notes
+
+
+@contextlib.contextmanager
+def _prefill_side(prompt: Prompt) -> Iterator[tuple[Connection, Path]]:
+    with tempfile.TemporaryDirectory(prefix="sglang-apb-bench-") as name:
+        keys.create(Path(name), ["prefill", "decode"])
+        context = multiprocessing.get_context("spawn")
+        pipe, its_end = context.Pipe()
+        child = context.Process(target=serve, args=(its_end, prompt, Path(name)), daemon=True)
+        child.start()
+        try:
+            yield pipe, Path(name)
+        finally:
+            child.kill()
+            child.join()
+
+
+def serve(pipe: Connection, prompt: Prompt, folder: Path) -> None:
+    """The child: answers (way, argument) until it is killed."""
+    pool = Pool(prompt, 1)
+    endpoints: dict[bool, SendingEndpoint] = {}
+    while True:
+        way, argument = pipe.recv()
+        if way == RAW:
+            _send_raw(pool, argument)
+        elif way == MOONCAKE:
+            _send_mooncake(pool, argument, pipe)
+        elif isinstance(argument, bool):  # where to connect, with or without keys
+            if argument not in endpoints:
+                endpoints[argument] = SendingEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
+                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat)
+            pipe.send(endpoints[argument].port)
+        else:
+            _send_zmq(endpoints[way], pool, *argument)
+
+
+def _keys(folder: Path, name: str) -> keys.Keys | None:
+    return keys.load(TransferConfig(str(folder / f"{name}.key_secret"), str(folder / keys.PEERS)))
+
+
+@contextlib.contextmanager
+def _copy(pool: Pool, source: Pool) -> Iterator[Callable[[], float]]:
+    def once() -> float:
+        started = time.perf_counter()
+        for target, buffer in zip(pool.buffers, source.buffers, strict=True):
+            target[:] = buffer
+        return time.perf_counter() - started
+
+    yield once
+
+
+@contextlib.contextmanager
+def _raw_socket(pool: Pool, pipe: Connection) -> Iterator[Callable[[], float]]:
+    with socket.create_server((HOST, 0)) as listener:
+        pipe.send((RAW, listener.getsockname()[1]))
+        connection, _ = listener.accept()
+
+        def once() -> float:
+            started = time.perf_counter()
+            connection.sendall(b"g")
+            for buffer in pool.buffers:
+                view, got = memoryview(buffer), 0
+                while got < len(view):
+                    got += connection.recv_into(view[got:])
+            return time.perf_counter() - started
+
+        with connection:
+            yield once
+
+
+def _send_raw(pool: Pool, port: int) -> None:
+    with socket.create_connection((HOST, port)) as connection:
+        while connection.recv(1):
+            for buffer in pool.buffers:
+                connection.sendall(buffer)
+
+
+@contextlib.contextmanager
+def _zmq(pool: Pool, pipe: Connection, folder: Path | None, *, scattered: bool) -> Iterator[Callable[[], float]]:
+    ours = _keys(folder, "decode") if folder else None
+    theirs = _keys(folder, "prefill") if folder else None
+    pipe.send((ZMQ, folder is not None))
+    address = (HOST, pipe.recv(), theirs.public if theirs else "")
+    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, ours)
+    receiver.start()
+    rooms = iter(range(1, 1 << 30))
+    ids = pool.ids(scattered=scattered)
+
+    def once() -> float:
+        number = next(rooms)
+        pipe.send((folder is not None, (number, scattered)))
+        started = time.perf_counter()
+        room = receiver.open(number, [address], ids, 0)
+        while room.state is ReceiveState.RECEIVING:
+            time.sleep(0.001)
+        seconds = time.perf_counter() - started
+        if room.state is ReceiveState.FAILED:
+            raise CommandError(f"the transfer failed: {room.reason}")
+        receiver.close(room)
+        return seconds
+
+    try:
+        yield once
+    finally:
+        receiver.stop()
+
+
+def _send_zmq(endpoint: SendingEndpoint, pool: Pool, number: int, scattered: bool) -> None:
+    room = endpoint.open(number)
+    while room.state is SendState.UNASKED:
+        time.sleep(0.001)
+    ids = pool.ids(scattered=scattered)
+    pages = (0, len(ids))
+    endpoint.announce(room, [pages])
+    endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
+    endpoint.finish(room, 0, {})
+    while room.state is SendState.ASKED:
+        time.sleep(0.001)
+    endpoint.close(room)
+
+
+@contextlib.contextmanager
+def _mooncake(pool: Pool, pipe: Connection) -> Iterator[Callable[[], float]]:
+    engine = _mooncake_engine(pool)
+    addresses = [buffer.ctypes.data for buffer in pool.buffers]
+    pipe.send((MOONCAKE, (f"{HOST}:{engine.get_rpc_port()}", addresses)))
+    if error := pipe.recv():
+        raise OSError(error)
+
+    def once() -> float:
+        started = time.perf_counter()
+        pipe.send("go")
+        if pipe.recv() != 0:
+            raise CommandError("Mooncake's transfer failed")
+        return time.perf_counter() - started
+
+    try:
+        yield once
+    finally:
+        pipe.send("end")
+
+
+def _send_mooncake(pool: Pool, argument: tuple[str, list[int]], pipe: Connection) -> None:
+    target, addresses = argument
+    try:
+        engine = _mooncake_engine(pool)
+    except (ImportError, OSError) as error:
+        pipe.send(str(error))
+        return
+    pipe.send("")
+    own = [buffer.ctypes.data for buffer in pool.buffers]
+    lens = [buffer.nbytes for buffer in pool.buffers]
+    while pipe.recv() == "go":
+        pipe.send(engine.batch_transfer_sync_write(target, own, addresses, lens))
+
+
+def _mooncake_engine(pool: Pool) -> Any:
+    """Raises ImportError when it is not installed, OSError when it does not start."""
+    from mooncake.engine import TransferEngine
+
+    engine = TransferEngine()
+    if engine.initialize(HOST, "P2PHANDSHAKE", "tcp", "") != 0:
+        raise OSError("Mooncake's engine does not start")
+    for buffer in pool.buffers:
+        if engine.register_memory(buffer.ctypes.data, buffer.nbytes) != 0:
+            raise OSError("Mooncake does not take the pool's memory")
+    return engine
