@@ -22,7 +22,14 @@ from sglang_apb.commands import CommandError, demo, model, needles
 from sglang_apb.commands.report import prefill_report
 from sglang_apb.config import ApbConfig
 
-REPORT = {"method": "apb", "num_ranks": 2, "num_blocks": 16, "attention_share": 0.31, "kv_bytes": 1234567}
+REPORT = {
+    "method": "apb",
+    "num_ranks": 2,
+    "num_blocks": 16,
+    "attention_share": 0.31,
+    "kv_bytes": 1234567,
+    "kv_bytes_hidden": 1200000,
+}
 
 
 def _count_words(text: str) -> int:
@@ -196,6 +203,7 @@ def test_demo_streams_the_answer_and_says_what_ran(
     lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in demo.describe(answer).splitlines())
     assert lines["method"] == "apb" and lines["ranks"] == "2" and lines["blocks"] == "16"
     assert lines["attention work"] == "31% of exact attention's" and lines["KV sent"] == "1,234,567 bytes over zmq"
+    assert lines["  during prefill"] == "1,200,000 of them"
 
 
 def test_an_answer_without_a_report_is_told_apart() -> None:

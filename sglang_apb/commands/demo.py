@@ -6,7 +6,7 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +100,9 @@ def describe(answer: Answer) -> str:
         "blocks": prefill.get("num_blocks", "unknown"),
         "attention work": _formatted(prefill.get("attention_share"), "{:.0%} of exact attention's"),
         "KV sent": _formatted(prefill.get("kv_bytes"), "{:,} bytes over zmq"),
-        "  during prefill": _formatted(_hidden_share(prefill), "{:.0%}"),
+        "  during prefill": _formatted(prefill.get("kv_bytes_hidden"), "{:,} of them"),
     }
     return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
-
-
-def _hidden_share(prefill: Mapping[str, Any]) -> float | None:
-    """What of the KV had left before the prefill ended."""
-    return prefill.get("kv_bytes_hidden", 0) / prefill["kv_bytes"] if prefill.get("kv_bytes") else None
 
 
 def _stream(url: str, document: str) -> Iterator[Any]:

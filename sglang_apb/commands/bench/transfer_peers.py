@@ -146,7 +146,7 @@ def _raw_socket(pool: Pool, pipe: Connection) -> Iterator[Callable[[], float]]:
             started = time.perf_counter()
             connection.sendall(b"g")
             for buffer in pool.buffers:
-                view, got = memoryview(buffer), 0
+                view, got = buffer.data, 0
                 while got < len(view):
                     got += connection.recv_into(view[got:])
             return time.perf_counter() - started
@@ -159,7 +159,7 @@ def _send_raw(pool: Pool, port: int) -> None:
     with socket.create_connection((HOST, port)) as connection:
         while connection.recv(1):
             for buffer in pool.buffers:
-                connection.sendall(buffer)
+                connection.sendall(buffer.data)
 
 
 @contextlib.contextmanager
