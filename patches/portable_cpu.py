@@ -34,7 +34,7 @@ _GPU_COMMUNICATORS = frozenset(
     name for name in _PARAMETERS if name.startswith("use_") and name != "use_message_queue_broadcaster"
 )
 # A wait of this long is lost in what a CPU takes for one token.
-_POLL_INTERVAL_S = 0.001
+_POLL_INTERVAL_S = 0.01
 
 
 def _without_gpu_communicators(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,13 @@ import pytest
 import tiny_models
 
 from sglang_apb.commands.servers import LocalCluster, LocalServer, LocalService
+
+# SGLang imports every model that it knows in every process, which takes longer than the tests' models need to load.
+_MODELS_NEEDED = {"llama", "mistral", "qwen2", "qwen3", "transformers"}
+_MODELS = Path(importlib.util.find_spec("sglang").origin or "").parent / "srt" / "models"  # type: ignore[union-attr]
+os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(
+    sorted({path.stem for path in _MODELS.glob("*.py")} - _MODELS_NEEDED)
+)
 
 # Each service gets ports of its own: those of the last one may still be closing.
 _ports = itertools.count(32000, 10)

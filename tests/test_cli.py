@@ -203,7 +203,7 @@ def test_demo_streams_the_answer_and_says_what_ran(
     lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in demo.describe(answer).splitlines())
     assert lines["method"] == "apb" and lines["ranks"] == "2" and lines["blocks"] == "16"
     assert lines["attention work"] == "31% of exact attention's" and lines["KV sent"] == "1,234,567 bytes over zmq"
-    assert lines["  during prefill"] == "1,200,000 of them"
+    assert lines["during prefill"] == "1,200,000 of them"
 
 
 def test_an_answer_without_a_report_is_told_apart() -> None:

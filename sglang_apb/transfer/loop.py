@@ -6,7 +6,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -124,26 +124,29 @@ def guard(socket: zmq.Socket, max_bytes: int) -> None:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, PING_MS + SILENCE_MS)
 
 
-def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> tuple[list[Buffer], str] | None:
-    """The parts of the next message and its sender's public key (""), without waiting: None when there is none.
+def receive(socket: zmq.Socket, max_parts: int = MAX_PARTS) -> list[zmq.Frame] | None:
+    """The parts of the next message, without waiting: None when there is none.
 
     Of a message with more than `max_parts` parts, one part more is kept, so that the parser refuses it.
     """
     try:
-        first = socket.recv(zmq.NOBLOCK, copy=False)
+        parts = [socket.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:
         return None
-    parts: list[Buffer] = [first.buffer]
     while socket.getsockopt(zmq.RCVMORE):
         part = socket.recv(copy=False)
         if len(parts) <= max_parts:
-            parts.append(part.buffer)
-    return parts, _sender_key(first)
+            parts.append(part)
+    return parts
 
 
-def _sender_key(frame: zmq.Frame) -> str:
-    """What the authenticator found; "" on a connection without keys."""
+def buffers(parts: Sequence[zmq.Frame]) -> list[Buffer]:
+    return [part.buffer for part in parts]
+
+
+def sender_key(part: zmq.Frame) -> str:
+    """The public key that the authenticator let in; "" on a connection without keys."""
     try:
-        return str(frame.get("User-Id"))
+        return str(part.get("User-Id"))
     except zmq.ZMQError:
         return ""

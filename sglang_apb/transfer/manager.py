@@ -69,14 +69,14 @@ class ZmqKVManager(CommonKVManager):
         Raises ValueError when the pool is not one buffer of keys and one of values a layer.
         """
         args = self.kv_args
-        keys, values = list(getattr(pool, "k_buffer", None) or ()), list(getattr(pool, "v_buffer", None) or ())
-        if [buffer.data_ptr() for buffer in (*keys, *values)] != list(args.kv_data_ptrs):
+        k_buffers, v_buffers = (list(getattr(pool, name, None) or ()) for name in ("k_buffer", "v_buffer"))
+        if [buffer.data_ptr() for buffer in (*k_buffers, *v_buffers)] != list(args.kv_data_ptrs):
             raise ValueError(
                 f"--disaggregation-transfer-backend {BACKEND} moves plain key and value pools only, not "
                 f"{type(pool).__name__} (with speculative decoding, a second pool): use mooncake or nixl."
             )
-        self.num_layers = len(keys)
-        pages = open_pool(in_layers(keys, values), self._in_layers(args.kv_data_lens), self._item_lens())
+        self.num_layers = len(k_buffers)
+        pages = open_pool(in_layers(k_buffers, v_buffers), self._in_layers(args.kv_data_lens), self._item_lens())
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:

@@ -20,7 +20,7 @@ from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.loop import SocketLoop, guard, receive
+from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
@@ -234,10 +234,10 @@ class ReceivingEndpoint(SocketLoop):
 
     def _receive_some(self, peer: _Peer) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
-            if peer.socket.closed or (message := receive(peer.socket)) is None:
+            if peer.socket.closed or (parts := receive(peer.socket)) is None:
                 return
             try:
-                self._dispatch(peer, wire.parse(message[0]))
+                self._dispatch(peer, wire.parse(buffers(parts)))
             except WireError as error:
                 self._observer.refused_frame(str(peer.address), error)
 

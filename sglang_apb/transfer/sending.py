@@ -17,7 +17,7 @@ import zmq
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.loop import SocketLoop, guard, receive
+from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender_key
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
@@ -229,13 +229,13 @@ class SendingEndpoint(SocketLoop):
         for _ in range(MAX_FRAMES_A_TURN):
             if (message := receive(self._socket, wire.MAX_PARTS + 1)) is None:
                 return
-            parts, key = message
-            identity = bytes(parts[0])
-            if self.keys is not None and not self.keys.peers.allows(key):
+            envelope, *parts = buffers(message)
+            identity = bytes(envelope)
+            if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
                 self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_room_of(parts)))
                 continue
             try:
-                self._dispatch(identity, wire.parse(parts[1:]))
+                self._dispatch(identity, wire.parse(parts))
                 if len(self._peers) < MAX_PEERS:
                     self._peers.add(identity)
             except wire.VersionError as error:
@@ -350,7 +350,7 @@ class SendingEndpoint(SocketLoop):
 def _room_of(parts: Sequence[Buffer]) -> tuple[int, int]:
     """Room and attempt of what may be a frame."""
     try:
-        frame = wire.parse(parts[1:])
+        frame = wire.parse(parts)
     except WireError:
         return 0, 0
     return frame.room, frame.attempt
