@@ -61,20 +61,27 @@ def test_without_our_options_nothing_but_the_command_line_is_patched(model: str)
     result = parse("--model-path", model)
     assert result.returncode == 0, result.stderr[-2000:]
     assert patched(result) <= allowed
-    assert "OPTIONS PluginOptions(backend=None, sp_size=1, config_text=None) 1 1" in result.stdout
+    assert "OPTIONS PluginOptions(backend=None, sp_size=1, config_text=None, transfer_text=None) 1 1" in result.stdout
 
 
 def test_our_options_travel_in_the_pickle_and_set_the_ranks(model: str) -> None:
     result = parse("--model-path", model, "--prefill-backend", "apb", "--sp-size", "3")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "OPTIONS PluginOptions(backend='apb', sp_size=3, config_text=None) 3 3" in result.stdout
+    assert "OPTIONS PluginOptions(backend='apb', sp_size=3, config_text=None, transfer_text=None) 3 3" in result.stdout
     assert "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw" in patched(result)
 
 
 def test_help_shows_our_options() -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
-    for word in ("--prefill-backend {apb}", "--sp-size", "--prefill-backend-config", "question_tokens:", "zmq"):
+    for word in (
+        "--prefill-backend {apb}",
+        "--sp-size",
+        "--prefill-backend-config",
+        "question_tokens:",
+        "zmq",
+        "secret_key:",
+    ):
         assert word in text
 
 
@@ -87,6 +94,7 @@ def test_sglang_serve_knows_our_options(model: str) -> None:
 
 
 APB = ("--prefill-backend", "apb")
+ZMQ = ("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "zmq")
 
 
 REFUSED = {
@@ -104,6 +112,9 @@ REFUSED = {
     (*APB, "--pp-size", "2"): "--pp-size (2) does not go with",
     (*APB, "--dp-size", "2"): "--dp-size (2) does not go with",
     (*APB, "--disaggregation-mode", "decode"): "belongs on the prefill server",
+    ("--kv-transfer-config", "{}"): "--kv-transfer-config needs --disaggregation-transfer-backend zmq",
+    (*ZMQ, "--kv-transfer-config", '{"key": 1}'): "unknown option 'key' of --kv-transfer-config; known: secret_key",
+    (*ZMQ, "--host", "192.0.2.1"): "would send KV unencrypted from 192.0.2.1",
 }
 SUPPORTED = "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 

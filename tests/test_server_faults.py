@@ -136,7 +136,8 @@ def check_metrics(url: str) -> None:
     """Of both servers, whose ports follow the router's."""
     port = int(url.rpartition(":")[2])
     prefill, decode = (requests.get(f"http://127.0.0.1:{port + offset}/metrics", timeout=10).text for offset in (1, 2))
-    assert value(prefill, 'kv_bytes_total{.*side="prefill"') == value(decode, 'kv_bytes_total{.*side="decode"') > 0
+    # A decode server that was stopped before it could say so has more than prefill knows of.
+    assert 0 < value(prefill, 'kv_bytes_total{.*side="prefill"') <= value(decode, 'kv_bytes_total{.*side="decode"')
     assert 0 < value(prefill, "kv_hidden_bytes_total") <= value(prefill, "kv_bytes_total")
     for metrics in (prefill, decode):
         assert value(metrics, 'kv_transfer_failures_total{.*cause="peer lost"') > 0
