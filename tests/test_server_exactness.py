@@ -1,7 +1,6 @@
 """Through real servers: with everything passed on, APB's tokens are plain SGLang's, on any number of ranks.
 
-The model is SmolLM2's first 6 of 30 layers; SGLANG_APB_WHOLE_MODEL=1 takes all of them (5 times as long),
-and one more family.
+The model is SmolLM2's first 6 of 30 layers; SGLANG_APB_WHOLE_MODEL=1 takes all of them (5 times as long).
 """
 
 from __future__ import annotations
@@ -16,17 +15,16 @@ import pytest
 import requests
 import tiny_models
 from asking import ALL_PASSED, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
-from conftest import cluster, running, server
+from conftest import cluster, running, server, thorough
 
 pytestmark = pytest.mark.server
-WHOLE_MODEL = os.environ.get("SGLANG_APB_WHOLE_MODEL") == "1"
 LENGTHS = (1000, 1300, 1700, 2200, 3000)
 APB = ("--prefill-backend", "apb", "--prefill-backend-config", ALL_PASSED)
 
 
 @pytest.fixture(scope="module")
 def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if WHOLE_MODEL:
+    if os.environ.get("SGLANG_APB_WHOLE_MODEL") == "1":
         return smollm2
     return tiny_models.cut(smollm2, 6, tmp_path_factory.mktemp("cut"))
 
@@ -50,7 +48,7 @@ def check(url: str, asked: list[list[int]], plain_answers: list[Answer], num_ran
         assert_same_tokens(answer, plain)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)])
 def test_one_server_equals_plain_sglang(
     num_ranks: int, model: Path, asked: list[list[int]], plain_answers: list[Answer], log_dirs: Iterator[Path]
 ) -> None:
@@ -105,7 +103,7 @@ def check_limits(url: str, model: Path, prompt: list[int], num_slots: int) -> No
     ("family", "config", "page_size"),
     [
         # In SGLang it is Llama under another name.
-        pytest.param("MistralForCausalLM", ALL_PASSED, 1, marks=pytest.mark.skipif(not WHOLE_MODEL, reason="slow")),
+        pytest.param("MistralForCausalLM", ALL_PASSED, 1, marks=thorough),
         ("Qwen2ForCausalLM", ALL_PASSED, 16),
         ("Qwen3ForCausalLM", ALL_PASSED, 1),
     ],

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import requests
 from asking import ALL_PASSED, GREEDY, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
-from conftest import cluster, running
+from conftest import cluster, running, thorough
 from transfer_peers import wait_for
 
 from sglang_apb.commands.servers import LocalCluster
@@ -73,6 +73,7 @@ def log(service: LocalCluster, name: str) -> str:
     return group.log_path.read_text(errors="replace")
 
 
+@thorough
 def test_stopped_processes_are_noticed_and_missed_no_longer_than_they_are_gone(
     tiny: Callable[[str], Path], log_dirs: Iterator[Path], tmp_path: Path
 ) -> None:
