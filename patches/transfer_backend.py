@@ -15,7 +15,8 @@ from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
-BACKEND = "zmq"
+from sglang_apb.transfer.config import BACKEND
+
 _MODULE = "sglang.srt.disaggregation"
 _public_key = ""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from sglang_apb import attention, backends, config, settings
 from sglang_apb.transfer import hosts, keys
+from sglang_apb.transfer.config import BACKEND, TransferConfig
 from sglang_apb.transfer.config import OPTION as TRANSFER_OPTION
-from sglang_apb.transfer.config import TransferConfig
 
 # ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
@@ -37,9 +37,6 @@ _REFUSED_WITH_OWN_PAGES = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_ENABLE_ST
 
 # Dense decoders whose layers call one attention with per-head K and V, as SGLang names them.
 MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-
-BACKEND = "zmq"
 
 
 class OptionError(ValueError):

@@ -15,11 +15,11 @@ from aiohttp import web
 from msgspec import Meta
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
+from sglang_apb.transfer.config import BACKEND
 from sglang_apb.transfer.wire import VERSION
 
 logger = logging.getLogger(__name__)
 
-BACKEND = "zmq"
 KEY_HEADER = "X-Transfer-Key"
 MAX_BYTES = 1 << 20
 MAX_ROOMS = 1 << 16

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from sglang_apb.settings import ConfigError, setting
 
+# The value of `--disaggregation-transfer-backend` that is ours.
+BACKEND = "zmq"
 OPTION = "--kv-transfer-config"
 
 

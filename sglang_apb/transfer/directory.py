@@ -95,13 +95,10 @@ class PrefillDirectory:
             entry = asked.result(WAIT_S)
         except TimeoutError:
             return self._without_answer(bootstrap_addr)
-        except NotThere as error:
-            logger.warning("%s", error)
+        except Exception as error:
             del self._asked[bootstrap_addr]
-            return self._without_answer(bootstrap_addr)
-        except Exception:
-            logger.exception("KV transfer: could not look up the prefill server %s", bootstrap_addr)
-            del self._asked[bootstrap_addr]
+            unexpected = not isinstance(error, NotThere)
+            logger.warning("KV transfer: %s", error, exc_info=unexpected)
             return self._without_answer(bootstrap_addr)
         del self._asked[bootstrap_addr]
         self._silent_since.pop(bootstrap_addr, None)
