@@ -11,7 +11,6 @@ out=${1:?usage: benchmarks/gpu_session.sh OUT_DIR [STEP ...]}
 shift
 mkdir -p "$out"
 gpus=${GPUS:-1}
-flashinfer='{"engine": "flashinfer"}'
 
 step() {  # name, seconds, command ...
   local name=$1 limit=$2 started=$SECONDS
@@ -22,16 +21,16 @@ step() {  # name, seconds, command ...
 
 pytest_gpu() { step pytest_gpu 420 python3 -m pytest -m gpu -q tests; }
 kernels() {
-  step kernels 240 python3 -m sglang_apb.cli bench kernels --lengths 32768,131072 --ranks "$gpus" --engine flashinfer \
+  step kernels 240 python3 -m sglang_apb.cli bench kernels --lengths 32768,131072 --ranks "$gpus" \
     --output "$out/kernels.json" --plot "$out/kernels.png"
 }
 layer() {
-  step layer 240 python3 -m sglang_apb.cli bench layer --lengths 32768,131072 --ranks "$gpus" --engine flashinfer \
+  step layer 240 python3 -m sglang_apb.cli bench layer --lengths 32768,131072 --ranks "$gpus" \
     --output "$out/layer.json" --plot "$out/layer.png"
 }
 ttft() {
   step ttft 560 python3 -m sglang_apb.cli bench ttft --shape llama-3.1-8b --lengths 8192,32768,131072 --gpus "$gpus" \
-    --prefill-backend-config "$flashinfer" --output "$out/ttft.json" --plot "$out/ttft.png" --log-dir "$out/servers"
+    --output "$out/ttft.json" --plot "$out/ttft.png" --log-dir "$out/servers"
 }
 answers() {
   local ways=plain,apb-1,pd-1

@@ -1,23 +1,17 @@
-"""Targets: `alloc_for_extend`, `release_kv_cache`, `TpModelWorker.get_worker_info`,
-`PrefillBootstrapQueue._check_if_req_exceed_kv_capacity`.
+"""Targets: `alloc_for_extend`, `release_kv_cache`, `PrefillBootstrapQueue._check_if_req_exceed_kv_capacity`.
 
 Reason: SGLang's ranks each hold a prompt's whole KV. On a prefill server whose ranks ship what they own, a rank
-needs slots for that part only, and R ranks hold prompts of R times the length.
+needs slots for that part only, and R ranks hold prompts of R times the length (patches/prompt_memory.py).
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from sglang_apb.patches._patch import Patch
-from sglang_apb.patches.prefill_forward import backend_of
 
-from sglang_apb import capacity
 from sglang_apb.backends.base import KeptTokens
-
-logger = logging.getLogger(__name__)
 
 # Where tokens that another rank keeps point to: SGLang's slot for padding, which no request owns.
 _NOWHERE = 0
@@ -81,16 +75,6 @@ def _release(original: Any, req: Any, tree_cache: Any, is_insert: bool = True) -
     original(req, tree_cache, is_insert)
 
 
-def _with_longer_prompts(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """`max_req_len` and `max_req_input_len` (a prompt must be shorter), which SGLang takes from one rank's pool."""
-    runner = worker.model_runner
-    largest = capacity.largest_prompt(backend_of(runner), runner.max_total_num_tokens, runner.page_size)
-    max_req_len = min(worker.model_config.context_len - 1, largest + 6)
-    if runner.ps.tp_rank == 0:
-        logger.info("Each rank keeps the KV it owns: prompts of up to %d tokens fit.", min(largest, max_req_len - 6))
-    return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
-
-
 def _exceeds_capacity(original: Any, self: Any, req: Any) -> bool:
     """Compares tokens with one rank's slots; a prompt that is kept in parts was compared when it came."""
     return getattr(req, "kept_tokens", None) is None and original(self, req)
@@ -99,7 +83,6 @@ def _exceeds_capacity(original: Any, self: Any, req: Any) -> bool:
 PATCHES = (
     Patch("sglang.srt.mem_cache.allocation.alloc_for_extend", "around", ("batch",), _allocate),
     Patch("sglang.srt.mem_cache.common.release_kv_cache", "around", ("req", "tree_cache", "is_insert"), _release),
-    Patch("sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", "after", ("self",), _with_longer_prompts),
     Patch(
         "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue._check_if_req_exceed_kv_capacity",
         "around",

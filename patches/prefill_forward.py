@@ -32,8 +32,13 @@ def _create(model_runner: Any) -> Any:
     server_args = model_runner.server_args
     options = server_args.plugin_options
     group = get_parallel().attn_cp_group.device_group if options.sp_size > 1 else None
-    settings, replicate_kv = config.parse(options.config_text), not _ships_own_pages(server_args)
+    settings, replicate_kv = config.parse(options.config_text), replicates_kv(server_args)
     return backends.load(options.backend)(model_runner, settings, RankGroup(group), replicate_kv=replicate_kv)
+
+
+def replicates_kv(server_args: Any) -> bool:
+    """Whether every one of several ranks ends up with a prompt's whole KV."""
+    return server_args.plugin_options.sp_size > 1 and not _ships_own_pages(server_args)
 
 
 def _ships_own_pages(server_args: Any) -> bool:

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from sglang_apb.patches._patch import Patch
 
-# Matrix products of this many rows fill a GPU. SGLang's chunks of exact prompts are no longer, unless asked for.
-MAX_ROWS = 16384
+# Matrix products of about this many rows fill a GPU. SGLang's chunks of exact prompts are no longer, unless asked for.
+CHUNK_ROWS = 16384
+
+
+def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """x [num_rows, ...] in parts of about CHUNK_ROWS, as equal as can be: a few rows cost as much as hundreds."""
+    return x.tensor_split(max(round(x.shape[0] / CHUNK_ROWS), 1))
 
 
 def _in_chunks(original: Any, self: Any, x: torch.Tensor, forward_batch: Any = None) -> torch.Tensor:
     """x [num_rows, hidden_size], which the model's layers do not read again: the result takes its place."""
-    if x.shape[0] <= MAX_ROWS:
+    chunks = split(x)
+    if len(chunks) == 1:
         return original(self, x, forward_batch)
-    for rows in x.split(MAX_ROWS):
+    for rows in chunks:
         rows.copy_(original(self, rows, forward_batch))
     return x
 

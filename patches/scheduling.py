@@ -47,7 +47,7 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
 def _find_lack_of_slots(scheduler: Any, req: Any, kept: KeptTokens | None) -> str:
     """A sentence when the prompt can never have its KV slots: SGLang's own check knows one number for all prompts."""
     num_slots, num_tokens = scheduler.max_total_num_tokens, len(req.origin_input_ids)
-    if capacity.fits(num_tokens if kept is None else kept.num_slots, num_slots, scheduler.page_size):
+    if capacity.Room(num_slots, scheduler.page_size).fits(num_tokens if kept is None else kept.num_slots):
         return ""
     return (
         f"The prompt of {num_tokens} tokens does not fit in the {num_slots} KV slots of a rank: exact attention keeps "

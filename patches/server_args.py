@@ -52,10 +52,12 @@ def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     given = (_from_command_line.get() or {}) | {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
     options = PluginOptions(**{_NAMES[name]: value for name, value in given.items()})
     options.check()
+    is_mem_fraction_given = kwargs.get("mem_fraction_static") is not None
     if options.sp_size > 1:
         kwargs = _with_sequence_parallel_ranks(kwargs, options.sp_size)
     original(self, *args, **kwargs)
     object.__setattr__(self, "plugin_options", options)
+    object.__setattr__(self, "is_mem_fraction_given", is_mem_fraction_given)  # SGLang fills in its default
     if options.is_set:
         options_module.check_server_args(self, options)
     options_module.check_transfer(self, options)

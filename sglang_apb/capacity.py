@@ -1,36 +1,61 @@
-"""How long a prompt may be: what fits in the KV slots of one rank."""
+"""How long a prompt may be: what fits in one rank's KV slots, and in what is left of its GPU for activations."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from sglang_apb.backends.base import PrefillBackend, Wish
 from sglang_apb.layout import LayoutError
 
-
-def fits(num_kept: int, num_slots: int, page_size: int) -> bool:
-    """Whether a pool of `num_slots` slots, else empty, takes a prompt of which a rank keeps `num_kept` tokens.
-
-    SGLang lets a prompt in when its slots, its first output token and a page to spare are fewer than the pool's.
-    """
-    return num_kept + 1 + page_size < num_slots
+# Kept free for what does not grow with a prompt: FlashInfer's workspace (attention/flashinfer.py), the feed-forward
+# layers' rows (patches/row_chunks.py; 2.1 GB of Llama-3.1-8B's), NCCL, and what the allocator cannot use.
+FIXED_BYTES = 4 << 30
 
 
-def largest_prompt(backend: PrefillBackend, num_slots: int, page_size: int) -> int:
-    """Tokens of the longest prompt that a pool of `num_slots` slots a rank takes; 0 when none does.
+@dataclass(frozen=True)
+class Room:
+    """What one rank has for a prompt. `activation_bytes` None: nothing is known, and nothing checked."""
+
+    num_slots: int
+    page_size: int
+    activation_bytes: int | None = None
+
+    def fits(self, num_kept: int) -> bool:
+        """Whether the pool, else empty, takes a prompt of which a rank keeps `num_kept` tokens.
+
+        SGLang lets a prompt in when its slots, its first output token and a page to spare are fewer than the pool's.
+        """
+        return num_kept + 1 + self.page_size < self.num_slots
+
+
+def largest_prompt(backend: PrefillBackend, room: Room) -> int:
+    """Tokens of the longest prompt that ranks with `room` each take; 0 when none does.
 
     A few shorter ones may not fit all the same: what the largest rank owns grows by whole pages.
     """
-    low, high = 0, num_slots
-    while _prompt_fits(backend, high, num_slots, page_size):
+    low, high = 0, max(room.num_slots, 1)
+    while _prompt_fits(backend, high, room):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _prompt_fits(backend, middle, num_slots, page_size) else (low, middle)
+        low, high = (middle, high) if _prompt_fits(backend, middle, room) else (low, middle)
     return low
 
 
-def _prompt_fits(backend: PrefillBackend, num_tokens: int, num_slots: int, page_size: int) -> bool:
+def _prompt_fits(backend: PrefillBackend, num_tokens: int, room: Room) -> bool:
     try:
-        kept = backend.kept_tokens(backend.plan(num_tokens, Wish()))
+        plan = backend.plan(num_tokens, Wish())
     except LayoutError:
         return True  # too short to be laid out
-    return kept is not None and fits(kept.num_slots, num_slots, page_size)
+    kept = backend.kept_tokens(plan)
+    if not room.fits(num_tokens if kept is None else kept.num_slots):
+        return False
+    return room.activation_bytes is None or backend.activation_bytes(plan) <= room.activation_bytes
+
+
+def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: int) -> int:
+    """How much of `free_bytes` to give to a KV pool, so that a prompt that fills it can be computed in the rest.
+
+    kv_bytes, activation_bytes: of one more token that a rank keeps.
+    """
+    return max(free_bytes - FIXED_BYTES, 0) * kv_bytes // (kv_bytes + activation_bytes)

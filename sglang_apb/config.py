@@ -50,7 +50,9 @@ class ApbConfig:
     )
     balance: str = setting("zigzag", "which rank owns which block: zigzag evens out the work, or contiguous")
     order: str = setting("one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first")
-    engine: str = setting("torch", "what computes: torch, on any device, or flashinfer with Triton kernels, on CUDA")
+    engine: str | None = setting(
+        None, "what computes: flashinfer with Triton kernels, on CUDA, or torch; the faster that can if left out"
+    )
 
     def __post_init__(self) -> None:
         for name in ("anchor", "question_tokens", "min_tokens"):
@@ -63,7 +65,8 @@ class ApbConfig:
         check_choice("anchor_mode", self.anchor_mode, ANCHOR_MODES)
         check_choice("balance", self.balance, BALANCES)
         check_choice("order", self.order, ORDERS)
-        check_choice("engine", self.engine, ENGINES)
+        if self.engine is not None:
+            check_choice("engine", self.engine, ENGINES)
         if self.block is not None and self.num_blocks is not None:
             raise ConfigError(
                 f"block={self.block} and num_blocks={self.num_blocks} say the same thing twice: give one of them"

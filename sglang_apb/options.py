@@ -156,8 +156,9 @@ def _check_model(server_args: Any) -> None:
 
 def _check_engine(server_args: Any, options: PluginOptions) -> None:
     engine = config.parse(options.config_text).engine
+    model = server_args.get_model_config()
     try:
-        attention.check(engine, server_args.device, server_args.get_model_config().dtype)
+        attention.choose(engine, server_args.device, model.dtype, model.head_dim)
     except attention.EngineError as error:
         raise OptionError(f"--prefill-backend-config: {error}") from None
 

@@ -35,6 +35,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         pd_prefill,
         portable_cpu,
         prefill_forward,
+        prompt_memory,
         request_checks,
         row_chunks,
         scheduling,
@@ -50,7 +51,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if is_portable_cpu():
         wanted += portable_cpu.PATCHES
     if options.is_set:
-        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *row_chunks.PATCHES)
+        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *prompt_memory.PATCHES, *row_chunks.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
     if our_transfer:

@@ -37,23 +37,28 @@ class RankGroup:
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
         """Starts collecting every rank's rows: a list of [counts[rank], ...], one tensor a rank.
 
-        rows: [counts[self.rank], ...]. `counts` is the same on all ranks. Rows are padded to the largest count,
-        since both backends gather equal shapes only.
+        rows: [counts[self.rank], ...]. `counts` is the same on all ranks.
+        """
+        gathered = self.gather_padded(rows, counts)
+        parts = [part[:count] for part, count in zip(gathered.result, counts, strict=True)]
+        return Pending(parts, gathered.works)
+
+    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
+        """The same as one tensor, [num_ranks, max(counts), ...]; rows past a rank's count are 0.
+
+        Both backends gather equal shapes only.
         """
         if len(rows) != counts[self.rank]:
             raise ValueError(f"rank {self.rank} announced {counts[self.rank]} rows and has {len(rows)}")
-        if self._group is None:
-            return Pending([rows])
         most = max(counts)
-        if most == 0:
-            return Pending([rows] * self.size)
-        padded = rows.new_zeros((most, *rows.shape[1:]))
-        padded[: len(rows)] = rows
-        # [num_ranks * most, ...] -> [num_ranks, most, ...]
-        gathered = rows.new_empty((self.size * most, *rows.shape[1:]))
-        work = dist.all_gather_into_tensor(gathered, padded, group=self._group, async_op=True)
-        parts = gathered.view(self.size, most, *rows.shape[1:])
-        return Pending([part[:count] for part, count in zip(parts, counts, strict=True)], [work])
+        if self._group is None or most == 0:
+            return Pending(rows.expand(self.size, *rows.shape))
+        if len(rows) < most:
+            padding = rows.new_zeros((most - len(rows), *rows.shape[1:]))
+            rows = torch.cat((rows, padding))
+        gathered = rows.new_empty((self.size, *rows.shape))
+        work = dist.all_gather_into_tensor(gathered.flatten(0, 1), rows.contiguous(), group=self._group, async_op=True)
+        return Pending(gathered, [work])
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         """Starts sending `rows` of rank `source` to all; elsewhere `rows` is written over."""

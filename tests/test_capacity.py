@@ -10,7 +10,9 @@ import torch
 from sglang_apb.patches import kv_ownership
 
 from sglang_apb import capacity
+from sglang_apb.backends.activations import RowSizes
 from sglang_apb.backends.base import KeptTokens, Wish
+from sglang_apb.capacity import Room
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
 
@@ -20,11 +22,18 @@ def kept_by(layout: Layout, rank: int) -> KeptTokens:
     return KeptTokens(layout.num_tokens, own, layout.most_context_on_a_rank, layout.question)
 
 
+def rows_on_rank_0(layout: Layout) -> int:
+    """As if a row took a byte."""
+    return layout.most_context_on_a_rank + len(layout.question)
+
+
 def backend(num_ranks: int, page_size: int, config: ApbConfig) -> Any:
     def make_plan(num_tokens: int, wish: Wish) -> Layout:
         return plan(num_tokens, config, num_ranks=num_ranks, page_size=page_size)
 
-    return SimpleNamespace(plan=make_plan, kept_tokens=lambda layout: kept_by(layout, 0))
+    return SimpleNamespace(
+        plan=make_plan, kept_tokens=lambda layout: kept_by(layout, 0), activation_bytes=rows_on_rank_0
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
@@ -68,10 +77,34 @@ def test_more_own_tokens_than_slots_is_a_mistake() -> None:
 def test_r_ranks_hold_r_times_the_prompt(num_ranks: int, page_size: int) -> None:
     num_slots = 50_000
     server = backend(num_ranks, page_size, ApbConfig(num_blocks=2 * num_ranks))
-    largest = capacity.largest_prompt(server, num_slots, page_size)
+    room = Room(num_slots, page_size)
+    largest = capacity.largest_prompt(server, room)
     assert 0.98 * num_ranks * num_slots < largest < num_ranks * num_slots
     kept = [kept_by(server.plan(largest + more, Wish()), 0).num_slots for more in (0, 1)]
-    assert [capacity.fits(slots, num_slots, page_size) for slots in kept] == [True, False]
+    assert [room.fits(slots) for slots in kept] == [True, False]
+
+
+def test_activations_limit_a_prompt_that_slots_would_take() -> None:
+    server = backend(2, 1, ApbConfig(num_blocks=4))
+    largest = capacity.largest_prompt(server, Room(50_000, 1, activation_bytes=20_000))
+    assert [rows_on_rank_0(server.plan(largest + more, Wish())) <= 20_000 for more in (0, 1)] == [True, False]
+    assert capacity.largest_prompt(server, Room(50_000, 1, activation_bytes=0)) <= 1
+
+
+def test_a_pool_leaves_what_its_prompt_takes() -> None:
+    """Llama-3.1-8B on 63 GiB beside its weights: slots for more than half of 512K tokens on each of two GPUs."""
+    llama = SimpleNamespace(
+        hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16
+    )
+    sizes, free = RowSizes.of(llama), 63 << 30
+    kv = sizes.kv_bytes_per_token(32)
+    assert kv == 131072
+    pool = capacity.pool_bytes(free, kv, sizes.bytes_per_row())
+    num_tokens = pool // kv
+    assert num_tokens > 262_144 + 256
+    assert pool + num_tokens * sizes.bytes_per_row() + capacity.FIXED_BYTES == pytest.approx(free, rel=1e-5)
+    assert capacity.pool_bytes(capacity.FIXED_BYTES - 1, kv, 1) == 0
+    assert sizes.bytes_per_row(num_ranks_gathered=2) > sizes.bytes_per_row()
 
 
 def test_slots_are_given_back_with_the_spare_ones() -> None:

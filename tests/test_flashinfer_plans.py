@@ -27,8 +27,10 @@ from test_sparse_attention import (
 
 from sglang_apb import selection
 from sglang_apb.attention import flashinfer as engine_module
+from sglang_apb.attention.base import Piece
 from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.config import ApbConfig
+from sglang_apb.layout import Span
 from sglang_apb.rank_group import RankGroup
 
 
@@ -67,33 +69,31 @@ class Ragged(Wrapper):
         self._run(q, keys, out, lse)
 
 
-class Paged(Wrapper):
-    def run(self, q: Any, pages: Any, *, out: Any, lse: Any, return_lse: bool) -> None:
-        plan, keys = self.arguments, []
-        assert return_lse and all(x.shape[1] == plan.page_size for x in pages)
-        offsets = plan.paged_kv_indptr
-        for start, end, last in zip(offsets[:-1], offsets[1:], plan.paged_kv_last_page_len, strict=True):
-            assert end > start and 0 < last <= plan.page_size
-            taken = [x[plan.paged_kv_indices[start:end].long()].flatten(0, 1) for x in pages]
-            keys.append(tuple(x[: (end - start - 1) * plan.page_size + last] for x in taken))
-        self._run(q, keys, out, lse)
+def single_prefill(q: Any, k: Any, v: Any, *, sm_scale: float, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """flashinfer/prefill.py, single_prefill_with_kv_cache: all queries see all keys."""
+    assert return_lse
+    group = q.shape[1] // k.shape[1]
+    logits = sm_scale * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, dim=1))
+    out = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.repeat_interleave(group, dim=1))
+    return out, logits.logsumexp(-1).T / math.log(2)
 
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> engine_module.FlashInferEngine:
-    wrappers = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, BatchPrefillWithPagedKVCacheWrapper=Paged)
-    monkeypatch.setitem(sys.modules, "flashinfer", wrappers)
+    stand_in = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, single_prefill_with_kv_cache=single_prefill)
+    monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(engine_module, "PAGE_SIZE", 8)
+    monkeypatch.setattr(engine_module, "num_multiprocessors", lambda device: 36)
+    monkeypatch.setattr(engine_module, "QUERIES_A_BLOCK", 8)
     created = engine_module.FlashInferEngine()
-    created.kernels, created.key_multiple = REFERENCE, 8
+    created.kernels = REFERENCE
     return created
 
 
 def error(engine: engine_module.FlashInferEngine, config: ApbConfig, num_layers: int = 1) -> float:
     layout = layout_of(config)
-    attention = SparseAttention(layout, RankGroup(), engine, selection.create("query"))
+    attention = SparseAttention(layout, RankGroup(), engine, selection.create("query"), "cpu")
     worst = 0.0
     for seed in range(num_layers):
         sequence = random_sequence(layout, seed=seed)
@@ -115,7 +115,20 @@ def test_plans_are_made_once_a_prompt_and_wrappers_once_at_all(engine: engine_mo
     for num_prompts in (1, 2):
         assert error(engine, CONFIGS["few blocks"], num_layers=3) < TOLERANCE
         plans = [wrapper.flashinfer.num_plans for wrapper in engine._wrappers.values()]
-        assert plans == [num_prompts] * 4  # own blocks, the question twice, one group of blocks
+        assert plans == [num_prompts] * 3  # own blocks, the question twice; blocks before need none
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys", "num_heads", "parts"),
+    [(256, 131072, 32, 4), (256, 131072, 64, 1), (256, 131072, 9, 8), (8176, 17408, 32, 1), (512, 2048, 32, 1)],
+)
+def test_keys_of_few_queries_are_cut_so_that_a_gpu_is_busy(
+    num_queries: int, num_keys: int, num_heads: int, parts: int
+) -> None:
+    """On an H100's 132 multiprocessors; never more parts than keys."""
+    assert engine_module._num_parts(Piece(num_queries, Span(0, num_keys)), num_heads, 132) == parts
+    assert engine_module._num_parts(Piece(num_queries, Span(0, 2)), num_heads, 132) <= 2
+    assert engine_module._num_parts(Piece(num_queries, Span(0, 0)), num_heads, 132) == 1
 
 
 def test_natural_logarithms_taken_for_base_2_are_noticed(

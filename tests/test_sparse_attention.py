@@ -16,7 +16,6 @@ from sglang_apb.kernels.candidates import Candidates
 from sglang_apb import selection
 from sglang_apb.attention.base import Piece
 from sglang_apb.attention.sdpa import SdpaEngine
-from sglang_apb.backends import sparse_attention
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
@@ -88,7 +87,7 @@ def attend_on_rank(
     kernels: Kernels = KERNELS,
 ) -> torch.Tensor:
     ranks = RankGroup(group)
-    attention = SparseAttention(layout, ranks, SdpaEngine(kernels), selection.create("query"))
+    attention = SparseAttention(layout, ranks, SdpaEngine(kernels), selection.create("query"), device)
     index = local_rows(layout, ranks.rank)
     q, k, v = (rows[index].to(device) for rows in (sequence.q, sequence.k, sequence.v))
     if config.order == "one_pass":
@@ -111,13 +110,6 @@ def error_on_one_rank(config: ApbConfig, **heads: int) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_rank_equals_the_oracle(name: str) -> None:
     assert error_on_one_rank(CONFIGS[name]) < TOLERANCE
-
-
-def test_blocks_in_several_groups_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a long prompt's blocks hand on is attended a part of the rows at a time."""
-    monkeypatch.setattr(sparse_attention, "MAX_ROWS_AT_ONCE", 60)
-    for name in ("default lengths", "anchor over several blocks", "recomputed"):
-        assert error_on_one_rank(CONFIGS[name]) < TOLERANCE, name
 
 
 @pytest.mark.parametrize(("num_q_heads", "num_kv_heads"), [(1, 1), (8, 8), (9, 3), (8, 1)])
@@ -240,14 +232,14 @@ class TestGuards:
     """Each test above would be worthless if it passed with the thing it guards broken: break it, and look."""
 
     def test_a_dropped_passing_block_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        place = SparseAttention._place_passing
+        add = SparseAttention._add_shared
 
-        def drop(self: SparseAttention, by_rank: list[torch.Tensor], shared: torch.Tensor) -> None:
-            place(self, by_rank, shared)
+        def drop(self: SparseAttention, layer: LayerRows, shared: torch.Tensor, *args: Any) -> None:
             start = self._num_anchor
             shared[start : start + self._num_passing[0], 1] = 0
+            add(self, layer, shared, *args)
 
-        monkeypatch.setattr(SparseAttention, "_place_passing", drop)
+        monkeypatch.setattr(SparseAttention, "_add_shared", drop)
         assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE
 
     def test_a_doubled_anchor_key_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,20 +15,30 @@ _ENGINES = {
     "flashinfer": ("sglang_apb.attention.flashinfer", "FlashInferEngine"),
 }
 _FLASHINFER_DTYPES = ("float16", "bfloat16")
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 
 class EngineError(ValueError):
-    """An engine cannot work with this device or dtype; the text says which can."""
+    """An engine cannot work with this model or device; the text says which can."""
 
 
-def check(name: str, device: str, dtype: torch.dtype) -> None:
-    """Raises EngineError when the engine `name` of config.ENGINES does not compute `dtype` on `device`."""
-    dtype_name = str(dtype).removeprefix("torch.")
-    if name == "flashinfer" and (device != "cuda" or dtype_name not in _FLASHINFER_DTYPES):
-        raise EngineError(
-            f'"engine": "flashinfer" computes float16 and bfloat16 on CUDA, not {dtype_name} on {device}: use '
-            '"engine": "torch", or another --dtype'
-        )
+def choose(name: str | None, device: str, dtype: torch.dtype, head_dim: int) -> str:
+    """`name`, one of config.ENGINES; left out, the fastest that computes heads of `head_dim` numbers here.
+
+    Raises EngineError when the one named does not.
+    """
+    reason = _why_not_flashinfer(device, str(dtype).removeprefix("torch."), head_dim)
+    if name == "flashinfer" and reason:
+        raise EngineError(f'"engine": "flashinfer" {reason}: leave it out, or use "torch" or another --dtype')
+    return name or ("torch" if reason else "flashinfer")
+
+
+def _why_not_flashinfer(device: str, dtype: str, head_dim: int) -> str | None:
+    if device != "cuda" or dtype not in _FLASHINFER_DTYPES:
+        return f"computes {' and '.join(_FLASHINFER_DTYPES)} on CUDA, not {dtype} on {device}"
+    if head_dim not in _FLASHINFER_HEAD_DIMS:
+        return f"computes heads of {', '.join(map(str, _FLASHINFER_HEAD_DIMS))} numbers, not {head_dim}"
+    return None
 
 
 def create(name: str) -> AttentionEngine:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 
@@ -40,26 +40,32 @@ class Partial:
     lse: torch.Tensor  # [num_queries, num_q_heads], float32, natural log; -inf where a row saw no key
 
 
-# (q [num_queries, num_q_heads, head_dim], k, v [num_keys, num_kv_heads, head_dim], scale) -> Partial of all rows of q:
-# softmax(scale * q k^T) v over each row's keys. Query head h uses KV head h // (num_q_heads / num_kv_heads).
-# All tensors are on one device and in one dtype, with any strides but a contiguous last dimension.
-Attention: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], Partial]
+class Attention(Protocol):
+    """Attention of a call's queries over the keys of their pieces, planned before."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        """softmax(scale * q k^T) v over each row's keys, in `out` if given: contiguous, of q's shape and dtype.
+
+        q: [num_queries, num_q_heads, head_dim]; k, v: [num_keys, num_kv_heads, head_dim]. Query head h uses KV head
+        h // (num_q_heads / num_kv_heads). All on one device and in one dtype, any strides but a contiguous last
+        dimension.
+        """
 
 
 class AttentionEngine(ABC):
     """Plans a prompt's attention once; every layer then runs the plans.
 
     `kernels` are what goes with the engine beside attention: scores, selection, packing, merging.
-    `key_multiple`: how many rows the k and v of a plan whose pieces share keys must be a multiple of.
     """
 
     kernels: Kernels
-    key_multiple: int = 1
 
     @abstractmethod
     def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
         """One Attention for each call's pieces, for one prompt: the plans of the prompt before end here.
 
-        A call's pieces are all causal or all not, and their keys either follow each other, as their queries do,
-        or all start at 0.
+        A call's pieces are causal ones whose keys follow each other, as their queries do, or it is one piece that
+        is not causal.
         """

@@ -1,4 +1,12 @@
-"""Attention with FlashInfer's batch prefill kernels: FlashAttention-3 on Hopper, FlashAttention-2 elsewhere."""
+"""Attention with FlashInfer's prefill kernels: FlashAttention-3 on Hopper, FlashAttention-2 elsewhere.
+
+Three of its ways, each where it is the fastest (docs/performance.md):
+
+    causal pieces            all in one call, planned once a prompt        BatchPrefillWithRaggedKVCacheWrapper
+    one piece, many queries  contiguous keys, nothing to plan              single_prefill_with_kv_cache
+    one piece, few queries   keys in parts, to give every multiprocessor   the first again, and a merge
+                             something to do
+"""
 
 from __future__ import annotations
 
@@ -11,57 +19,72 @@ from typing import Any
 import torch
 
 from sglang_apb.attention.base import Attention, AttentionEngine, Partial, Piece
-from sglang_apb.kernels import TRITON
+from sglang_apb.kernels import TRITON, Kernels
 
 # FlashInfer's FlashAttention-2 splits the keys of calls with few queries and keeps the parts here: 130 MB for 256
 # question tokens of 64 heads. As much as SGLang gives it (layers/attention/flashinfer_backend.py).
 WORKSPACE_BYTES = 512 << 20
-# Keys that several blocks see a prefix of are read through a page table: fewer entries, the larger the page.
-PAGE_SIZE = 64
 # FlashInfer's logarithm is of base 2 (include/flashinfer/attention/state.cuh); ours are natural.
 NATURAL = math.log(2)
+# Queries and head of one thread block in FlashInfer's kernels for Hopper (hopper/prefill_sm90.cuh); one runs on a
+# multiprocessor at a time.
+QUERIES_A_BLOCK = 128
+# Parts of a few queries' keys: two thread blocks a multiprocessor, and not more than a merge takes at once.
+BLOCKS_A_MULTIPROCESSOR = 2
+MAX_PARTS = 8
 
 
 class FlashInferEngine(AttentionEngine):
-    """One kernel call for all pieces of a call, planned when the first layer shows its heads.
+    """Plans are made when the first layer shows its heads. All use one workspace: they run in turn on one stream."""
 
-    All plans use one workspace: they run one after the other on one stream.
-    """
-
-    kernels = TRITON
-    key_multiple = PAGE_SIZE
+    kernels: Kernels = TRITON
 
     def __init__(self) -> None:
-        self._wrappers: dict[tuple[str, int], _Wrapper] = {}
+        self._wrappers: dict[int, _Wrapper] = {}
         self._workspace: torch.Tensor | None = None
 
     def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
         return [self._plan(index, tuple(pieces)) for index, pieces in enumerate(calls)]
 
     def _plan(self, index: int, pieces: tuple[Piece, ...]) -> Attention:
-        planned: _Planned | None = None
+        attention: Attention | None = None
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
-            nonlocal planned
-            if planned is None:
-                planned = self._planned(index, pieces, q, k, scale)
-            return planned(q, k, v)
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+        ) -> Partial:
+            nonlocal attention
+            if attention is None:
+                attention = self._attention(index, pieces, q, k, scale)
+            return attention(q, k, v, scale, out)
 
         return attend
 
-    def _planned(self, index: int, pieces: tuple[Piece, ...], q: torch.Tensor, k: torch.Tensor, scale: float) -> Any:
-        kind = _Ragged if _keys_follow_each_other(pieces) else _Prefixes
-        key = (kind.__name__, index)
-        if key not in self._wrappers:
-            self._wrappers[key] = _Wrapper(kind.make(self._workspace_on(q.device)))
-        planned = kind(self._wrappers[key], pieces)
-        planned.plan(q, k, scale)
-        return planned
+    def _attention(
+        self, index: int, pieces: tuple[Piece, ...], q: torch.Tensor, k: torch.Tensor, scale: float
+    ) -> Attention:
+        if pieces[0].causal:
+            wrapper = self._wrapper(index, q.device)
+            lengths = [len(piece.keys) for piece in pieces]
+            wrapper.plan_pieces(lengths, lengths, True, q, k, scale)
+            return _Causal(wrapper, slice(pieces[0].keys.start, pieces[-1].keys.end))
+        (piece,) = pieces
+        num_parts = _num_parts(piece, q.shape[1], num_multiprocessors(q.device))
+        if num_parts == 1:
+            return _Single(slice(piece.keys.start, piece.keys.end))
+        borders = [len(piece.keys) * part // num_parts for part in range(num_parts + 1)]
+        lengths = [end - start for start, end in itertools.pairwise(borders)]
+        wrapper = self._wrapper(index, q.device)
+        wrapper.plan_pieces([piece.num_queries] * num_parts, lengths, False, q, k, scale)
+        return _InParts(wrapper, slice(piece.keys.start, piece.keys.end), num_parts, self.kernels)
 
-    def _workspace_on(self, device: torch.device) -> torch.Tensor:
-        if self._workspace is None:
-            self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        return self._workspace
+    def _wrapper(self, index: int, device: torch.device) -> _Wrapper:
+        if index not in self._wrappers:
+            from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+            if self._workspace is None:
+                self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            self._wrappers[index] = _Wrapper(BatchPrefillWithRaggedKVCacheWrapper(self._workspace, "NHD"))
+        return self._wrappers[index]
 
 
 @dataclass
@@ -71,93 +94,96 @@ class _Wrapper:
     flashinfer: Any
     planned: torch.cuda.Event | None = field(default=None)
 
-    def plan(self, **arguments: Any) -> None:
+    def plan_pieces(
+        self,
+        num_queries: Sequence[int],
+        num_keys: Sequence[int],
+        causal: bool,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        scale: float,
+    ) -> None:
         """`plan` fills a pinned buffer of the wrapper's and starts its copy to the GPU. The host runs ahead of the
         GPU: the copy of the prompt before may not have started yet, and would then take this prompt's plan.
         """
         if self.planned is not None:
             self.planned.synchronize()
-        self.flashinfer.plan(**arguments)
-        self.planned = torch.cuda.Event()
-        self.planned.record()
-
-
-class _Planned:
-    def __init__(self, wrapper: _Wrapper, pieces: tuple[Piece, ...]) -> None:
-        self._wrapper = wrapper
-        self._pieces = pieces
-
-    def plan(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> None:
-        self._wrapper.plan(
-            qo_indptr=_offsets([piece.num_queries for piece in self._pieces]),
+        self.flashinfer.plan(
+            qo_indptr=_offsets(num_queries),
+            kv_indptr=_offsets(num_keys),
             num_qo_heads=q.shape[1],
             num_kv_heads=k.shape[1],
             head_dim_qk=q.shape[2],
-            causal=self._pieces[0].causal,
+            causal=causal,
             sm_scale=scale,
             q_data_type=q.dtype,
             kv_data_type=k.dtype,
-            **self._keys(),
         )
+        self.planned = torch.cuda.Event()
+        self.planned.record()
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Partial:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> Partial:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        self._run(q, k, v, out, lse)
+        self.flashinfer.run(q, k, v, out=out, lse=lse, return_lse=True)
         return Partial(out, lse.mul_(NATURAL))
 
-    def _keys(self) -> dict[str, Any]:
-        raise NotImplementedError
 
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-        raise NotImplementedError
+@dataclass(frozen=True)
+class _Causal:
+    """All pieces at once; `keys` are theirs together, read as they lie."""
 
+    wrapper: _Wrapper
+    keys: slice
 
-class _Ragged(_Planned):
-    """Pieces whose keys follow each other in k and v: read as they lie."""
-
-    @staticmethod
-    def make(workspace: torch.Tensor) -> Any:
-        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
-
-        return BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-
-    def _keys(self) -> dict[str, Any]:
-        return {"kv_indptr": _offsets([len(piece.keys) for piece in self._pieces])}
-
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-        keys = slice(self._pieces[0].keys.start, self._pieces[-1].keys.end)
-        self._wrapper.flashinfer.run(q, k[keys], v[keys], out=out, lse=lse, return_lse=True)
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        return self.wrapper.run(q, k[self.keys], v[self.keys], out)
 
 
-class _Prefixes(_Planned):
-    """Pieces that each see a prefix of the same keys, through a page table that names pages several times."""
+@dataclass(frozen=True)
+class _Single:
+    keys: slice
 
-    @staticmethod
-    def make(workspace: torch.Tensor) -> Any:
-        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        from flashinfer import single_prefill_with_kv_cache
 
-        return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-
-    def _keys(self) -> dict[str, Any]:
-        lengths = [len(piece.keys) for piece in self._pieces]
-        num_pages = [-(-length // PAGE_SIZE) for length in lengths]
-        last = [length - (pages - 1) * PAGE_SIZE for length, pages in zip(lengths, num_pages, strict=True)]
-        return {
-            "paged_kv_indptr": _offsets(num_pages),
-            "paged_kv_indices": torch.cat([torch.arange(pages, dtype=torch.int32) for pages in num_pages]),
-            "paged_kv_last_page_len": torch.tensor(last, dtype=torch.int32),
-            "page_size": PAGE_SIZE,
-        }
-
-    def _run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-        # [num_keys, num_kv_heads, head_dim] -> [num_pages, PAGE_SIZE, num_kv_heads, head_dim]
-        pages = tuple(x.unflatten(0, (-1, PAGE_SIZE)) for x in (k, v))
-        self._wrapper.flashinfer.run(q, pages, out=out, lse=lse, return_lse=True)
+        attended, lse = single_prefill_with_kv_cache(q, k[self.keys], v[self.keys], sm_scale=scale, return_lse=True)
+        return Partial(attended if out is None else out.copy_(attended), lse.mul_(NATURAL))
 
 
-def _keys_follow_each_other(pieces: tuple[Piece, ...]) -> bool:
-    return all(later.keys.start == piece.keys.end for piece, later in itertools.pairwise(pieces))
+@dataclass(frozen=True)
+class _InParts:
+    """The same queries over `num_parts` parts of the keys, merged."""
+
+    wrapper: _Wrapper
+    keys: slice
+    num_parts: int
+    kernels: Kernels
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        parts = self.wrapper.run(q.repeat(self.num_parts, 1, 1), k[self.keys], v[self.keys])
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        self.kernels.merge(parts.out.split(len(q)), parts.lse.split(len(q)), out, lse)
+        return Partial(out, lse)
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _num_parts(piece: Piece, num_heads: int, num_multiprocessors: int) -> int:
+    """1 where the queries keep half of the multiprocessors busy by themselves."""
+    num_blocks = -(-piece.num_queries // QUERIES_A_BLOCK) * num_heads
+    if 2 * num_blocks > num_multiprocessors:
+        return 1
+    return max(min(MAX_PARTS, BLOCKS_A_MULTIPROCESSOR * num_multiprocessors // num_blocks, len(piece.keys)), 1)
 
 
 def _offsets(lengths: Sequence[int]) -> torch.Tensor:

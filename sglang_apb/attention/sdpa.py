@@ -27,16 +27,23 @@ class SdpaEngine(AttentionEngine):
         return [partial(_attend_all, pieces) for pieces in calls]
 
 
-def _attend_all(pieces: Sequence[Piece], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
+def _attend_all(
+    pieces: Sequence[Piece],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> Partial:
     parts = []
     start = 0
     for piece in pieces:
         rows, keys = slice(start, start + piece.num_queries), slice(piece.keys.start, piece.keys.end)
         parts.append(_attend(q[rows], k[keys], v[keys], piece.causal, scale))
         start += piece.num_queries
-    if len(parts) == 1:
+    if len(parts) == 1 and out is None:
         return parts[0]
-    return Partial(torch.cat([part.out for part in parts]), torch.cat([part.lse for part in parts]))
+    return Partial(torch.cat([part.out for part in parts], out=out), torch.cat([part.lse for part in parts]))
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> Partial:

@@ -9,26 +9,32 @@ from typing import Any
 import torch
 from sglang.srt.layers.logits_processor import LogitsMetadata
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from torch.profiler import record_function
 
 from sglang_apb import attention as engines
 from sglang_apb import layout as layouts
 from sglang_apb import selection
+from sglang_apb.backends.activations import RowSizes
 from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
-from sglang_apb.layout import Layout, Span
-from sglang_apb.rank_group import Pending, RankGroup
+from sglang_apb.layout import Layout, Span, num_rows
+from sglang_apb.rank_group import RankGroup
 
 
 class ApbBackend(PrefillBackend):
-    """`replicate_kv`: every rank ends up with the whole prompt's KV, to decode; otherwise with what it owns."""
+    """`replicate_kv`: each of several ranks ends up with the whole prompt's KV, to decode; otherwise with what it owns."""
 
     def __init__(self, model_runner: Any, config: ApbConfig, group: RankGroup, *, replicate_kv: bool) -> None:
         self._runner = model_runner
         self._config = config
         self._group = group
-        self._replicate_kv = replicate_kv and group.size > 1
-        self._engine = engines.create(config.engine)
+        self._replicate_kv = replicate_kv
+        self._row_sizes = RowSizes.of(model_runner.model_config)
+        model = model_runner.model_config
+        self._engine = engines.create(
+            engines.choose(config.engine, model_runner.device, model_runner.dtype, model.head_dim)
+        )
         self._selector = selection.create(config.selector)
 
     def plan(self, num_tokens: int, wish: Wish) -> Layout:
@@ -64,8 +70,13 @@ class ApbBackend(PrefillBackend):
         own = tuple(plan.rows_of(self._group.rank).block_tokens.values())
         return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)
 
+    def activation_bytes(self, plan: Layout) -> int:
+        num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
+        return num_local_rows * self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
+
     def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
-        sparse = SparseAttention(plan, self._group, self._engine, self._selector)
+        device = forward_batch.input_ids.device
+        sparse = SparseAttention(plan, self._group, self._engine, self._selector, device)
         cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
         rows = sparse.rows
         if self._config.order == "one_pass":
@@ -101,6 +112,10 @@ class ApbBackend(PrefillBackend):
         return model.logits_processor(forward_batch.input_ids[-1:], last_row, model.lm_head, metadata)
 
 
+# SGLang's slot for padding, which no request owns.
+_NOBODYS_SLOT = 0
+
+
 class _KvCache:
     """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it."""
 
@@ -120,18 +135,32 @@ class _KvCache:
         self._rows = layout.rows_of(group.rank)
         self._replicate = replicate
         by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
-        self._context_slots = [slots[_indices(spans, slots.device)] for spans in by_rank]
+        context_slots = [slots[_indices(spans, slots.device)] for spans in by_rank]
+        self._num_context = [len(part) for part in context_slots]
+        self._own_slots = context_slots[group.rank]
         self._question_slots = slots[layout.question.start : layout.question.end]
+        if replicate:
+            padded = [_padded(part, max(self._num_context), _NOBODYS_SLOT) for part in context_slots]
+            self._all_slots = torch.cat(padded)
 
     def own_context(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached K and V of this rank's blocks, [num_rows, num_kv_heads, head_dim] each."""
-        slots = self._context_slots[self._group.rank]
+        slots = self._own_slots
         return self.pool.get_key_buffer(layer_id)[slots], self.pool.get_value_buffer(layer_id)[slots]
 
     def start_context(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
         """Starts keeping the own blocks' rows; the result finishes it."""
-        rows = self._rows.context
-        return self._start(layer, k[rows.start : rows.end], v[rows.start : rows.end], self._context_slots)
+        k, v = (rows[self._rows.context.start : self._rows.context.end] for rows in (k, v))
+        if not self._replicate:
+            self.pool.set_kv_buffer(layer, self._own_slots, k, v)
+            return _nothing
+        pending = [self._group.gather_padded(rows, self._num_context) for rows in (k, v)]
+
+        def finish() -> None:
+            all_k, all_v = (rows.wait().flatten(0, 1) for rows in pending)
+            self.pool.set_kv_buffer(layer, self._all_slots, all_k, all_v)
+
+        return finish
 
     def start_question(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
         """Starts keeping the question, the last rows of k and v. With it, and the context before, a layer is kept.
@@ -143,27 +172,11 @@ class _KvCache:
             self.pool.set_kv_buffer(layer, self._question_slots, k[-num_rows:], v[-num_rows:])
             self._on_layer(layer.layer_id)
             return _nothing
-        rows = torch.stack((k[-num_rows:], v[-num_rows:]), dim=1)
-        finish = self._finish_with(layer, self._group.broadcast(rows, 0), [self._question_slots])
+        pending = self._group.broadcast(torch.stack((k[-num_rows:], v[-num_rows:])), 0)
 
-        def finish_layer() -> None:
-            finish()
-            self._on_layer(layer.layer_id)
-
-        return finish_layer
-
-    def _start(self, layer: Any, k: torch.Tensor, v: torch.Tensor, slots: list[torch.Tensor]) -> Callable[[], None]:
-        if not self._replicate:
-            self.pool.set_kv_buffer(layer, slots[self._group.rank], k, v)
-            return _nothing
-        rows = torch.stack((k, v), dim=1)  # [num_rows, 2, num_kv_heads, head_dim]
-        return self._finish_with(layer, self._group.gather_rows(rows, [len(part) for part in slots]), slots)
-
-    def _finish_with(self, layer: Any, pending: Pending, slots: list[torch.Tensor]) -> Callable[[], None]:
         def finish() -> None:
-            result = pending.wait()
-            for rows, part in zip([result] if torch.is_tensor(result) else result, slots, strict=True):
-                self.pool.set_kv_buffer(layer, part, rows[:, 0].contiguous(), rows[:, 1].contiguous())
+            self.pool.set_kv_buffer(layer, self._question_slots, *pending.wait())
+            self._on_layer(layer.layer_id)
 
         return finish
 
@@ -194,7 +207,8 @@ class _LayerAttention:
             v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
             layer.scaling,
         )
-        return self._attend(layer, rows).reshape(q.shape)
+        with record_function(f"sparse attention, layer {layer.layer_id}"):  # what `bench trace` finds its way by
+            return self._attend(layer, rows).reshape(q.shape)
 
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
         raise NotImplementedError
@@ -202,19 +216,23 @@ class _LayerAttention:
 
 class _OnePass(_LayerAttention):
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        keep_context = self._cache.start_context(layer, rows.k, rows.v)
-        keep_question = self._cache.start_question(layer, rows.k, rows.v)
-        out = self._sparse.attend(rows)
-        keep_context()
-        keep_question()
+        kept: list[Callable[[], None]] = []
+
+        def keep() -> None:
+            kept.append(self._cache.start_context(layer, rows.k, rows.v))
+            kept.append(self._cache.start_question(layer, rows.k, rows.v))
+
+        out = self._sparse.attend(rows, keep)
+        for finish in kept:
+            finish()
         return out
 
 
 class _ContextPass(_LayerAttention):
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        keep_context = self._cache.start_context(layer, rows.k, rows.v)
-        out = self._sparse.attend_context(rows)
-        keep_context()
+        kept: list[Callable[[], None]] = []
+        out = self._sparse.attend_context(rows, lambda: kept.append(self._cache.start_context(layer, rows.k, rows.v)))
+        kept[0]()
         return out
 
 
@@ -228,6 +246,10 @@ class _QuestionPass(_LayerAttention):
 
 def _nothing() -> None:
     """What is left to do when nothing was started."""
+
+
+def _padded(slots: torch.Tensor, length: int, value: int) -> torch.Tensor:
+    return torch.cat((slots, slots.new_full((length - len(slots),), value)))
 
 
 def _indices(spans: Iterable[Span], device: torch.device) -> torch.Tensor:

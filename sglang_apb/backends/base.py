@@ -53,6 +53,10 @@ class PrefillBackend(ABC):
         """The split of a prompt of `num_tokens`. Raises layout.LayoutError when it cannot be split."""
 
     @abstractmethod
+    def activation_bytes(self, plan: Any) -> int:
+        """Memory that the prompt's rows take on the rank with most of them while a layer runs, beside its KV."""
+
+    @abstractmethod
     def prefill(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Any:
         """Runs the model over the one request of `forward_batch` and writes its KV.
 

@@ -19,10 +19,6 @@ from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import Pending, RankGroup
 from sglang_apb.selection.base import Selector
 
-# Blocks are attended over what was handed on in groups of at most this many rows, or one block: it bounds the memory
-# of a result that is merged at once, and fills a GPU many times over.
-MAX_ROWS_AT_ONCE = 65536
-
 
 @dataclass(frozen=True)
 class LayerRows:
@@ -34,10 +30,21 @@ class LayerRows:
     scale: float
 
 
+def _nothing() -> None:
+    """What is left to do when nothing was started."""
+
+
 class SparseAttention:
     """One prompt's attention on one rank; used by all layers in turn."""
 
-    def __init__(self, layout: Layout, group: RankGroup, engine: AttentionEngine, selector: Selector) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        group: RankGroup,
+        engine: AttentionEngine,
+        selector: Selector,
+        device: torch.device | str,
+    ) -> None:
         self.layout = layout
         self.rows = layout.rows_of(group.rank)
         self._group = group
@@ -45,103 +52,124 @@ class SparseAttention:
         self._selector = selector
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
-        num_shared = self._num_anchor + sum(self._num_passing)
-        self._num_shared = -(-num_shared // engine.key_multiple) * engine.key_multiple
-        self._groups = self._groups_of_blocks()
+        # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
+        self._candidates = self._own_candidates(device)
+        self._passing_order = self._order_of_passing(device)
+        self._seeing = [
+            (rows, keys) for block, rows in self.rows.blocks.items() if (keys := layout.num_shared_keys(block))
+        ]
         question = len(layout.question)
         self._own, self._question, self._question_itself, *self._before = engine.plan(
             [
                 self._own_pieces(),
                 [Piece(question, Span(0, len(self.rows.context)))],
                 [Piece(question, Span(0, question), causal=True)],
-                *([Piece(len(span), Span(0, keys)) for span, keys in group] for group in self._groups),
+                *([Piece(len(rows), Span(0, keys))] for rows, keys in self._seeing),
             ]
         )
-        self._candidates: Candidates | None = None
 
     def _own_pieces(self) -> list[Piece]:
         """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
         spans = [self.rows.anchor] if self.layout.recomputed else []
         return [Piece(len(span), span, causal=True) for span in (*spans, *self.rows.blocks.values())]
 
-    def _groups_of_blocks(self) -> list[list[tuple[Span, int]]]:
-        """Own blocks that see something of `shared`: rows, and how long a prefix of it they see."""
-        groups: list[list[tuple[Span, int]]] = []
-        for block, span in self.rows.blocks.items():
-            num_keys = self.layout.num_shared_keys(block)
-            if num_keys == 0:
-                continue
-            if not groups or span.end - groups[-1][0][0].start > MAX_ROWS_AT_ONCE:
-                groups.append([])
-            groups[-1].append((span, num_keys))
-        return groups
+    def _own_candidates(self, device: torch.device | str) -> Candidates:
+        spans, counts = [], []
+        for block, rows in self.rows.blocks.items():
+            first = self.layout.candidates(block).start - self.layout.blocks[block].start
+            spans.append(Span(rows.start + first, rows.end))
+            counts.append(self._num_passing[block])
+        return Candidates.of(spans, counts, device)
 
-    def attend(self, layer: LayerRows) -> torch.Tensor:
-        """Context and question in one pass: [num_rows, num_q_heads, head_dim]."""
+    @property
+    def _num_selected(self) -> list[int]:
+        """How many passing tokens each rank hands on."""
+        return [
+            sum(self._num_passing[block] for block in self.layout.blocks_of(rank)) for rank in range(self._group.size)
+        ]
+
+    def _order_of_passing(self, device: torch.device | str) -> torch.Tensor:
+        """For each passing token in the prompt's order its row among the gathered ones, which come rank after rank,
+        each rank's in the order of its blocks, padded to the most.
+        """
+        most = max(self._num_selected)
+        next_row = [rank * most for rank in range(self._group.size)]
+        rows: list[int] = []
+        for owner, num_passing in zip(self.layout.owners, self._num_passing, strict=True):
+            rows += range(next_row[owner], next_row[owner] + num_passing)
+            next_row[owner] += num_passing
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def attend(self, layer: LayerRows, while_sent: Callable[[], None] = _nothing) -> torch.Tensor:
+        """Context and question in one pass: [num_rows, num_q_heads, head_dim].
+
+        `while_sent` is called once the exchange with other ranks has begun: what else is to be sent comes after it.
+        """
         context, question = self.rows.context, self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
         take_shared = self._start_exchange(layer, layer.q[question.start :])
-        own = self._attend_own(layer)
+        while_sent()
+        own_lse = self._attend_own(layer, out)
         answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
-        self._finish_context(layer, own, take_shared(), out[: context.end])
+        self._add_shared(layer, take_shared(), out, own_lse)
         out[question.start :] = answer()
         return out
 
-    def attend_context(self, layer: LayerRows) -> torch.Tensor:
+    def attend_context(self, layer: LayerRows, while_sent: Callable[[], None] = _nothing) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
         take_shared = self._start_exchange(layer, layer.q[question.start : question.end])
-        self._finish_context(layer, self._attend_own(layer), take_shared(), out)
+        while_sent()
+        own_lse = self._attend_own(layer, out)
+        self._add_shared(layer, take_shared(), out, own_lse)
         return out
 
     def attend_question(self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor) -> torch.Tensor:
         """The second of two passes. Rows are the question; context_k, context_v are the own blocks' cached rows."""
         return self._start_question(layer, context_k, context_v)()
 
-    def _attend_own(self, layer: LayerRows) -> Partial | None:
-        """Rows [anchor copy | own blocks]; None on a rank that has neither."""
+    def _attend_own(self, layer: LayerRows, out: torch.Tensor) -> torch.Tensor:
+        """Writes rows [anchor copy | own blocks] of `out`, over their own keys; gives the log-sum-exp of these rows."""
         end = self.rows.context.end
-        return self._own(layer.q[:end], layer.k, layer.v, layer.scale) if end else None
+        if end == 0:
+            return layer.q.new_empty((0, layer.q.shape[1]), dtype=torch.float32)
+        return self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
 
-    def _finish_context(self, layer: LayerRows, own: Partial | None, shared: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds to each block what it sees of `shared`, and writes the rows [anchor copy | own blocks] to `out`."""
-        if own is None:
-            return
-        start = self._groups[0][0][0].start if self._groups else len(out)
-        out[:start] = own.out[:start]  # the anchor copy, and the prompt's first block: they see nothing else
-        for group, attend in zip(self._groups, self._before, strict=True):
-            rows = slice(group[0][0].start, group[-1][0].end)
+    def _add_shared(self, layer: LayerRows, shared: torch.Tensor, out: torch.Tensor, own_lse: torch.Tensor) -> None:
+        """Adds to each block, in `out`, what it sees of `shared`. One at a time: less is kept until it is merged."""
+        for (span, _), attend in zip(self._seeing, self._before, strict=True):
+            rows = slice(span.start, span.end)
             before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
-            self._kernels.merge((own.out[rows], before.out), (own.lse[rows], before.lse), out[rows])
+            self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
 
     def _start_exchange(self, layer: LayerRows, question: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Starts sending anchor and passing tokens; the result waits and gives `shared`.
 
-        shared: [num_anchor + num_passing_in_all, 2 (k, v), num_kv_heads, head_dim], and rows that nobody reads up to
-        the engine's multiple.
+        shared: [num_anchor + num_passing_in_all, 2 (k, v), num_kv_heads, head_dim]
         """
-        shared = layer.k.new_empty((self._num_shared, 2, *layer.k.shape[1:]))
+        num_shared = self._num_anchor + len(self._passing_order)
+        shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
         anchor = self._start_anchor(layer, shared)
-        passing = self._start_passing(layer, question)
+        place_passing = self._start_passing(layer, question, shared[self._num_anchor :])
 
         def finish() -> torch.Tensor:
             for pending in anchor:
                 pending.wait()
-            self._place_passing(passing.wait(), shared)
+            place_passing()
             return shared
 
         return finish
 
     def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
         if self.layout.recomputed:
-            shared[: self._num_anchor] = _key_value(layer, Span(0, self._num_anchor))
+            _copy_key_value(layer, Span(0, self._num_anchor), shared[: self._num_anchor])
             return []
         sends = []
         for owner, tokens in self.layout.owner_runs(Span(0, self._num_anchor)):
             part = shared[tokens.start : tokens.end]
             if owner == self._group.rank:
-                part.copy_(_key_value(layer, self._rows_of_tokens(tokens)))
+                _copy_key_value(layer, self._rows_of_tokens(tokens), part)
             sends.append(self._group.broadcast(part, owner))
         return sends
 
@@ -153,37 +181,25 @@ class SparseAttention:
                 return Span(start, start + len(tokens))
         raise ValueError(f"tokens [{tokens.start}, {tokens.end}) are not on rank {self._group.rank}")
 
-    def _start_passing(self, layer: LayerRows, question: torch.Tensor) -> Pending:
-        """Chooses and starts sending the own blocks' passing tokens: one [num, 2, num_kv_heads, head_dim] a rank."""
-        candidates = self._own_candidates(layer.k.device)
-        selected = layer.k.new_empty((candidates.num_selected, 2, *layer.k.shape[1:]))
+    def _start_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+        """Chooses the own blocks' passing tokens and starts sending them; the result brings all ranks' to `target`.
+
+        target: [num_passing_in_all, 2, num_kv_heads, head_dim], in the order of the prompt.
+        """
+        candidates = self._candidates
+        alone = self._group.size == 1
+        selected = target if alone else target.new_empty((candidates.num_selected, *target.shape[1:]))
         if candidates.num_selected:
             scores = self._selector.score(layer.k, question, candidates, self._kernels)
             self._kernels.pack(layer.k, layer.v, self._kernels.select(scores, candidates), selected)
-        counts = [
-            sum(self._num_passing[block] for block in self.layout.blocks_of(rank)) for rank in range(self._group.size)
-        ]
-        return self._group.gather_rows(selected, counts)
+        if alone:
+            return _nothing
+        gathered = self._group.gather_padded(selected, self._num_selected)
 
-    def _own_candidates(self, device: torch.device) -> Candidates:
-        if self._candidates is None:
-            spans, counts = [], []
-            for block, rows in self.rows.blocks.items():
-                first = self.layout.candidates(block).start - self.layout.blocks[block].start
-                spans.append(Span(rows.start + first, rows.end))
-                counts.append(self._num_passing[block])
-            self._candidates = Candidates.of(spans, counts, device)
-        return self._candidates
+        def place() -> None:
+            torch.index_select(gathered.wait().flatten(0, 1), 0, self._passing_order, out=target)
 
-    def _place_passing(self, by_rank: list[torch.Tensor], shared: torch.Tensor) -> None:
-        """Ranks' tokens, which come in the order of their blocks, to the order of the prompt."""
-        next_row = [0] * self._group.size
-        start = self._num_anchor
-        for owner, num_passing in zip(self.layout.owners, self._num_passing, strict=True):
-            first = next_row[owner]
-            shared[start : start + num_passing] = by_rank[owner][first : first + num_passing]
-            next_row[owner] = first + num_passing
-            start += num_passing
+        return place
 
     def _start_question(
         self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor
@@ -222,6 +238,7 @@ class SparseAttention:
         return merged
 
 
-def _key_value(layer: LayerRows, rows: Span) -> torch.Tensor:
-    """[num_rows, 2, num_kv_heads, head_dim]"""
-    return torch.stack((layer.k[rows.start : rows.end], layer.v[rows.start : rows.end]), dim=1)
+def _copy_key_value(layer: LayerRows, rows: Span, target: torch.Tensor) -> None:
+    """target: [num_rows, 2, num_kv_heads, head_dim]"""
+    for index, source in enumerate((layer.k, layer.v)):
+        target[:, index] = source[rows.start : rows.end]

@@ -29,7 +29,7 @@ def add_in_process_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--model", help="the same from a model's config.json: folder, or name on the Hugging Face hub")
     parser.add_argument("--lengths", type=counts, default=[32768, 131072], help="prompt tokens, comma-separated")
     parser.add_argument("--prefill-backend-config", help="as the server's option")
-    parser.add_argument("--engine", choices=ENGINES, help="flashinfer on CUDA, if it is there, else torch")
+    parser.add_argument("--engine", choices=ENGINES, help="of the two that can here the faster if left out")
     parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on CUDA, float32 on a CPU if left out")
     parser.add_argument("--repeats", type=count, default=10, help="of which the median counts")
     parser.add_argument("--warm-up", type=int, default=3, help="runs before those")

@@ -103,7 +103,9 @@ def layer_calls(setting: InProcess, layout: Layout, rank: int) -> LayerCalls:
     engine = attention.create(setting.engine)
     calls = LayerCalls(layout, rank, engine)
     selector = ObservedSelector(selection.create(setting.config.selector), engine.kernels, calls)
-    sparse = SparseAttention(layout, group_of(rank, layout.num_ranks), ObservedEngine(engine, calls), selector)
+    sparse = SparseAttention(
+        layout, group_of(rank, layout.num_ranks), ObservedEngine(engine, calls), selector, setting.device
+    )
     sparse.attend(random_rows(setting, num_rows(sparse.rows.tokens)))
     return calls
 

@@ -14,7 +14,7 @@ from sglang_apb.commands.bench.observed import COMMUNICATION
 from sglang_apb.commands.bench.row_ops import row_ops
 from sglang_apb.commands.bench.setup import InProcess
 from sglang_apb.commands.bench.timing import Observe
-from sglang_apb.patches.row_chunks import MAX_ROWS
+from sglang_apb.patches import row_chunks
 
 PROJECTIONS, NORMS, KV_CACHE, FFN = "projections", "RoPE and norms", "KV cache", "FFN"
 _SPREAD = 0.02
@@ -80,6 +80,6 @@ class DecoderLayer:
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """In chunks of rows, as patches/row_chunks.py does it; x is written over."""
-        for rows in x.split(MAX_ROWS):
+        for rows in row_chunks.split(x):
             rows.copy_(F.linear(self._ops.gate(F.linear(rows, self._gate_up)), self._down))
         return x

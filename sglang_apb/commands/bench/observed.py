@@ -31,8 +31,10 @@ class AttentionCall:
     pieces: tuple[Piece, ...]
     attend: Attention
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> Partial:
-        return self.attend(q, k, v, scale)
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        return self.attend(q, k, v, scale, out)
 
     @property
     def pairs(self) -> int:
@@ -49,7 +51,6 @@ class ObservedEngine(AttentionEngine):
     def __init__(self, engine: AttentionEngine, observe: Observe) -> None:
         self._engine = engine
         self._observe = observe
-        self.key_multiple = engine.key_multiple
         kernels = engine.kernels
         self.kernels = replace(
             kernels,
@@ -92,6 +93,9 @@ class ObservedGroup(RankGroup):
         self._ranks = group
         self._observe = observe
 
+    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
+        return self._shown(self._observe(COMMUNICATION, self._ranks.gather_padded, rows, counts))
+
     def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
         return self._shown(self._observe(COMMUNICATION, self._ranks.gather_rows, rows, counts))
 
@@ -123,11 +127,11 @@ class StandInGroup(RankGroup):
         self.received: list[int] = []
         self._others: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
-    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
+    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
         gathered = self._from_others(rows, (self.size, max(counts), *rows.shape[1:]))
         gathered[self.rank, : len(rows)] = rows
         self.received.append((self.size - 1) * gathered[0].nbytes)
-        return Pending([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        return Pending(gathered)
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         if source != self.rank:

@@ -70,7 +70,7 @@ def one_call_cases(calls: LayerCalls) -> tuple[list[Case], str]:
     if not before:
         return [], ""
     (own,) = calls.of(OWN)
-    q, k, v, scale = own.args
+    q, k, v, scale, _ = own.args
     shared = before[0].args[1:3]
     num_shared = shared[0].shape[0]
     table = PageTable.of(calls.block_rows, num_shared)

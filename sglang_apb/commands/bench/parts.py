@@ -145,9 +145,11 @@ def _apb(setting: InProcess, num_tokens: int, company: Company) -> LayerTime:
 
     def make(observe: Observe | None) -> Attend:
         if observe is None:
-            return _counted_anew(ranks, SparseAttention(layout, ranks, engine, selector).attend)
+            return _counted_anew(ranks, SparseAttention(layout, ranks, engine, selector, setting.device).attend)
         shown = ObservedSelector(selector, engine.kernels, observe)
-        sparse = SparseAttention(layout, ObservedGroup(ranks, observe), ObservedEngine(engine, observe), shown)
+        sparse = SparseAttention(
+            layout, ObservedGroup(ranks, observe), ObservedEngine(engine, observe), shown, setting.device
+        )
         return _counted_anew(ranks, sparse.attend)
 
     return _time(setting, layout.rows_of(ranks.rank).positions, 1, replace(company, reduce=_nothing), make)

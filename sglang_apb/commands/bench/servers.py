@@ -13,12 +13,14 @@ from sglang_apb.commands.bench.table import APB
 from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalServer, ServiceError, is_up, num_gpus
 
 # The same for every server. Prompts share nothing, so a prefix cache has only its upkeep to add; a grammar is not
-# asked for. With large chunks plain SGLang is at its best on long prompts; they need room beside the KV pool.
+# asked for. With large chunks plain SGLang is at its best on long prompts.
 _COMMON = ("--grammar-backend", "none", "--disable-radix-cache")
 _COMMON_GPU = (
     *("--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "4"),
-    *("--chunked-prefill-size", "65536", "--max-prefill-tokens", "524288", "--mem-fraction-static", "0.6"),
+    *("--chunked-prefill-size", "65536", "--max-prefill-tokens", "524288"),
 )
+# Room for the activations of such chunks; APB's server sees to it by itself.
+_PLAIN_GPU = ("--mem-fraction-static", "0.6")
 _DUMMY_WEIGHTS = ("--load-format", "dummy", "--skip-tokenizer-init")
 # GPUs that sgl_kernel's FlashAttention 3 is built for, by the major number of their compute capability.
 _FA3_CAPABILITIES = (8, 9)
@@ -50,7 +52,8 @@ def plan_servers(
     APB's server runs short prompts and decode with the first of `backends`. `extra` goes to all, last.
     """
     common = [*_COMMON, *(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ()), *extra]
-    plans = [ServerPlan(backend, ("--attention-backend", backend, "--tp", str(gpus), *common)) for backend in backends]
+    plain = [*(_PLAIN_GPU if num_gpus() else ()), "--tp", str(gpus), *common]
+    plans = [ServerPlan(backend, ("--attention-backend", backend, *plain)) for backend in backends]
     apb = ["--prefill-backend", "apb", "--sp-size", str(gpus)]
     apb += ["--prefill-backend-config", config_text] if config_text else []
     apb += ["--attention-backend", backends[0]] if backends else []

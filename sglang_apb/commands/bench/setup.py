@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 
@@ -49,10 +48,9 @@ def in_process(args: argparse.Namespace) -> InProcess:
     if args.plot:
         bench_plot.check(args.plot)
     args.dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    args.engine = args.engine or ("flashinfer" if device == "cuda" and find_spec("flashinfer") else "torch")
     try:
         config = parse(args.prefill_backend_config)
-        attention.check(args.engine, device, getattr(torch, args.dtype))
+        args.engine = attention.choose(args.engine or config.engine, device, getattr(torch, args.dtype), shape.head_dim)
     except (ConfigError, attention.EngineError) as error:
         raise CommandError(str(error)) from error
     if config.order != "one_pass":

@@ -1,0 +1,90 @@
+"""Targets: `KVCacheConfigurator._profile_available_bytes`, `TpModelWorker.get_worker_info`.
+
+Reason: SGLang cuts a prompt into chunks, leaves a GPU's memory for one chunk's activations beside the KV pool, and lets
+prompts in as long as the pool is large. A sparse prompt runs whole: what its rows take is shared out together with
+the KV that they leave, unless `--mem-fraction-static` says how much the pool gets; and prompts that do not fit are
+refused by their length.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sglang_apb.patches._patch import Patch
+from sglang_apb.patches.prefill_forward import backend_of, replicates_kv
+
+from sglang_apb import capacity
+from sglang_apb.backends.activations import RowSizes
+from sglang_apb.capacity import Room
+
+logger = logging.getLogger(__name__)
+
+
+def _leave_room(available_bytes: int, configurator: Any, pre_model_load_memory: float) -> int:
+    """A smaller pool where activations need the room. Free memory is asked for as SGLang does, on all ranks."""
+    from sglang.srt.distributed import get_world_group
+    from sglang.srt.utils import get_available_gpu_memory
+
+    server_args = configurator.server_args
+    if configurator.device != "cuda" or server_args.is_mem_fraction_given:
+        return available_bytes
+    world = get_world_group()
+    free_gib = get_available_gpu_memory(
+        configurator.device, configurator.gpu_id, distributed=world.world_size > 1, cpu_group=world.cpu_group
+    )
+    sizes, num_ranks = RowSizes.of(configurator.model_config), server_args.plugin_options.sp_size
+    replicate = replicates_kv(server_args)
+    per_row = sizes.bytes_per_row(num_ranks if replicate else 0)
+    pool = capacity.pool_bytes(
+        int(free_gib * (1 << 30)),
+        sizes.kv_bytes_per_token(configurator.model_config.num_hidden_layers),
+        per_row // num_ranks if replicate else per_row,
+    )
+    return min(available_bytes, pool)
+
+
+def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """`max_req_len` and `max_req_input_len` (a prompt must be shorter), which SGLang takes from one rank's pool."""
+    runner = worker.model_runner
+    backend = backend_of(runner)
+    room = Room(runner.max_total_num_tokens, runner.page_size, _activation_bytes(runner))
+    largest = capacity.largest_prompt(backend, room)
+    longest = worker.model_config.context_len - 1
+    max_req_len = min(longest if backend.keeps_parts else info[4], largest + 6)
+    if runner.ps.tp_rank == 0:
+        logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, room, largest))
+    return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
+
+
+def _why(backend: Any, room: Room, largest: int) -> str:
+    in_slots = capacity.largest_prompt(backend, Room(room.num_slots, room.page_size))
+    kept = "each rank keeps the KV it owns" if backend.keeps_parts else "each rank keeps all KV"
+    return f" ({kept}: slots for {in_slots}{'' if largest == in_slots else ', activations for fewer'})"
+
+
+def _activation_bytes(runner: Any) -> int | None:
+    """Of the rank that has least, on every rank; None on a CPU."""
+    if runner.device != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(runner.gpu_id)
+    unused = torch.cuda.memory_reserved(runner.gpu_id) - torch.cuda.memory_allocated(runner.gpu_id)
+    least = torch.tensor(free + unused - capacity.FIXED_BYTES)
+    if runner.server_args.plugin_options.sp_size > 1:
+        from sglang.srt.distributed import get_tp_group
+
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    return max(int(least), 0)
+
+
+PATCHES = (
+    Patch(
+        "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
+        "after",
+        ("self", "pre_model_load_memory"),
+        _leave_room,
+    ),
+    Patch("sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", "after", ("self",), _with_limit),
+)
