@@ -129,10 +129,3 @@ def test_keys_of_few_queries_are_cut_so_that_a_gpu_is_busy(
     assert engine_module._num_parts(Piece(num_queries, Span(0, num_keys)), num_heads, 132) == parts
     assert engine_module._num_parts(Piece(num_queries, Span(0, 2)), num_heads, 132) <= 2
     assert engine_module._num_parts(Piece(num_queries, Span(0, 0)), num_heads, 132) == 1
-
-
-def test_natural_logarithms_taken_for_base_2_are_noticed(
-    engine: engine_module.FlashInferEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "NATURAL", 1.0)
-    assert error(engine, CONFIGS["few blocks"]) > 100 * TOLERANCE

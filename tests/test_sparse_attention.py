@@ -14,6 +14,7 @@ from sglang_apb.kernels import REFERENCE, TRITON, Kernels
 from sglang_apb.kernels.candidates import Candidates
 
 from sglang_apb import selection
+from sglang_apb.attention import sdpa
 from sglang_apb.attention.base import Piece
 from sglang_apb.attention.sdpa import SdpaEngine
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
@@ -249,6 +250,11 @@ class TestGuards:
         sequence = random_sequence(layout)
         found = attend_on_rank(None, sequence, layout, config)
         assert float((found - dense_causal(sequence)).abs().max()) > 100 * TOLERANCE
+
+    def test_natural_logarithms_taken_for_base_2_are_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PyTorch's kernels give the one, FlashInfer's the other."""
+        monkeypatch.setattr(sdpa, "LOG2_E", 1.0)
+        assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE
 
     def test_bottom_right_causal_on_the_question_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What flash-attn does with causal=True and fewer queries than keys: rows lose the block's tail."""

@@ -1,8 +1,7 @@
-"""Attention over several sets of keys, merged by log-sum-exp (attention/base.py says the formula)."""
+"""Attention over several sets of keys, merged by their LSEs, of base 2: out = sum 2^(lse_i - lse) out_i."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,6 @@ import triton.language as tl
 TILE = 32
 # More are merged step by step: the kernel is unrolled over them, and with 64 its compilation takes a minute.
 MAX_AT_ONCE = 8
-LOG2_E = 1 / math.log(2)
 
 
 def merge_reference(
@@ -24,19 +22,21 @@ def merge_reference(
     """Writes attention over the union of the partials' keys into `out`, and its LSE into `lse` if given.
 
     outs: each [num_rows, num_heads, head_dim], any float dtype, any strides with a contiguous last dimension.
-    lses: each [num_rows, num_heads], float32, natural logarithms, any strides. -inf marks a row without keys, whose
+    lses: each [num_rows, num_heads], float32, of base 2, any strides. -inf marks a row without keys, whose
         `outs` is not read.
     out, lse: as one of outs and lses. `out` may be one of `outs`. A row without any key becomes 0 and -inf.
     """
-    natural = torch.stack(list(lses))
-    total = natural.logsumexp(dim=0)
-    weights = torch.exp(natural - total.nan_to_num(neginf=0.0))[..., None]
+    stacked = torch.stack(list(lses))
+    # Taken out of all exponents, so that none overflows; -inf minus -inf would be no number.
+    largest = stacked.amax(dim=0).nan_to_num(neginf=0.0)
+    weights = torch.exp2(stacked - largest)
+    total = weights.sum(dim=0)
     merged = torch.zeros_like(out, dtype=torch.float32)
-    for part, weight in zip(outs, weights, strict=True):
+    for part, weight in zip(outs, (weights / total.clamp_min(1.0))[..., None], strict=True):
         merged += torch.where(weight > 0, weight * part, 0)
     out.copy_(merged)
     if lse is not None:
-        lse.copy_(total)
+        lse.copy_(largest + total.log2())
 
 
 def merge_triton(
@@ -66,7 +66,6 @@ def merge_triton(
         0 if lse is None else lse.stride(0),
         0 if lse is None else lse.stride(1),
         num_rows * num_heads,
-        LOG2_E=LOG2_E,
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         PADDED_DIM=triton.next_power_of_2(head_dim),
@@ -89,7 +88,6 @@ def _merge_kernel(
     merged_lse_stride_row,
     merged_lse_stride_head,
     num_pairs,
-    LOG2_E: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -114,7 +112,7 @@ def _merge_kernel(
     for i in tl.static_range(len(outs)):
         offset = row * lse_strides_row[i] + head * lse_strides_head[i]
         lse = tl.load(lses[i] + offset, mask=inside, other=-float("inf"))
-        weight = tl.exp2((lse - largest) * LOG2_E)
+        weight = tl.exp2(lse - largest)
         total += weight
         part = tl.load(
             outs[i] + (row * out_strides_row[i] + head * out_strides_head[i])[:, None] + dim,
@@ -127,5 +125,5 @@ def _merge_kernel(
     target = merged + (row * merged_stride_row + head * merged_stride_head)[:, None] + dim
     tl.store(target, acc.to(merged.dtype.element_ty), mask=inside[:, None] & (dim < HEAD_DIM))
     if merged_lse is not None:
-        lse = tl.where(total > 0.0, largest + tl.log2(total) / LOG2_E, -float("inf"))
+        lse = tl.where(total > 0.0, largest + tl.log2(total), -float("inf"))
         tl.store(merged_lse + row * merged_lse_stride_row + head * merged_lse_stride_head, lse, mask=inside)

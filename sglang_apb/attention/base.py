@@ -37,7 +37,9 @@ class Partial:
     """Attention over some of a row's keys: to be merged with that over the others."""
 
     out: torch.Tensor  # [num_queries, num_q_heads, head_dim]
-    lse: torch.Tensor  # [num_queries, num_q_heads], float32, natural log; -inf where a row saw no key
+    # [num_queries, num_q_heads], float32: log2 of the sum of exponentials, as FlashInfer has it
+    # (include/flashinfer/attention/state.cuh) and as merging wants it; -inf where a row saw no key.
+    lse: torch.Tensor
 
 
 class Attention(Protocol):

@@ -11,7 +11,6 @@ Three of its ways, each where it is the fastest (docs/performance.md):
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +23,6 @@ from sglang_apb.kernels import TRITON, Kernels
 # FlashInfer's FlashAttention-2 splits the keys of calls with few queries and keeps the parts here: 130 MB for 256
 # question tokens of 64 heads. As much as SGLang gives it (layers/attention/flashinfer_backend.py).
 WORKSPACE_BYTES = 512 << 20
-# FlashInfer's logarithm is of base 2 (include/flashinfer/attention/state.cuh); ours are natural.
-NATURAL = math.log(2)
 # Queries and head of one thread block in FlashInfer's kernels for Hopper (hopper/prefill_sm90.cuh); one runs on a
 # multiprocessor at a time.
 QUERIES_A_BLOCK = 128
@@ -126,7 +123,7 @@ class _Wrapper:
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self.flashinfer.run(q, k, v, out=out, lse=lse, return_lse=True)
-        return Partial(out, lse.mul_(NATURAL))
+        return Partial(out, lse)
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class _Single:
         from flashinfer import single_prefill_with_kv_cache
 
         attended, lse = single_prefill_with_kv_cache(q, k[self.keys], v[self.keys], sm_scale=scale, return_lse=True)
-        return Partial(attended if out is None else out.copy_(attended), lse.mul_(NATURAL))
+        return Partial(attended if out is None else out.copy_(attended), lse)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,6 +11,8 @@ import torch
 from sglang_apb.attention.base import Attention, AttentionEngine, Partial, Piece
 from sglang_apb.kernels import REFERENCE, Kernels
 
+# PyTorch's kernels give natural logarithms.
+LOG2_E = math.log2(math.e)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,7 +57,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, sca
     # [num_tokens, num_heads, head_dim] -> [1, num_heads, num_tokens, head_dim]
     heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
     out, lse = _kernel(heads_first[0], heads_first[1], heads_first[2], causal, scale)
-    return Partial(out[0].transpose(0, 1), lse[0, :, :num_queries].transpose(0, 1))
+    return Partial(out[0].transpose(0, 1), lse[0, :, :num_queries].transpose(0, 1) * LOG2_E)
 
 
 def _kernel(

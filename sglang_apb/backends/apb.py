@@ -23,7 +23,7 @@ from sglang_apb.rank_group import RankGroup
 
 
 class ApbBackend(PrefillBackend):
-    """`replicate_kv`: each of several ranks ends up with the whole prompt's KV, to decode; otherwise with what it owns."""
+    """`replicate_kv`: each of several ranks ends up with all of a prompt's KV, to decode; otherwise with what it owns."""
 
     def __init__(self, model_runner: Any, config: ApbConfig, group: RankGroup, *, replicate_kv: bool) -> None:
         self._runner = model_runner
@@ -133,7 +133,7 @@ class _KvCache:
         self.req_to_token_pool = model_runner.req_to_token_pool
         self._group = group
         self._rows = layout.rows_of(group.rank)
-        self._replicate = replicate
+        self.gathers = replicate
         by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
         context_slots = [slots[_indices(spans, slots.device)] for spans in by_rank]
         self._num_context = [len(part) for part in context_slots]
@@ -151,7 +151,7 @@ class _KvCache:
     def start_context(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
         """Starts keeping the own blocks' rows; the result finishes it."""
         k, v = (rows[self._rows.context.start : self._rows.context.end] for rows in (k, v))
-        if not self._replicate:
+        if not self.gathers:
             self.pool.set_kv_buffer(layer, self._own_slots, k, v)
             return _nothing
         pending = [self._group.gather_padded(rows, self._num_context) for rows in (k, v)]
@@ -168,7 +168,7 @@ class _KvCache:
         Ranks that will decode all take rank 0's, for the same bits everywhere (see ApbBackend._logits).
         """
         num_rows = len(self._question_slots)
-        if not self._replicate:
+        if not self.gathers:
             self.pool.set_kv_buffer(layer, self._question_slots, k[-num_rows:], v[-num_rows:])
             self._on_layer(layer.layer_id)
             return _nothing
@@ -213,27 +213,36 @@ class _LayerAttention:
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
         raise NotImplementedError
 
+    def _keeping(
+        self,
+        attend: Callable[[LayerRows, Callable[[], None]], torch.Tensor],
+        starts: Iterable[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], None]]],
+        layer: Any,
+        rows: LayerRows,
+    ) -> torch.Tensor:
+        """attend(rows), with the rows' K and V kept before it, or sent to other ranks when `attend` says."""
+        finishes: list[Callable[[], None]] = []
 
-class _OnePass(_LayerAttention):
-    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        kept: list[Callable[[], None]] = []
+        def begin() -> None:
+            finishes.extend(start(layer, rows.k, rows.v) for start in starts)
 
-        def keep() -> None:
-            kept.append(self._cache.start_context(layer, rows.k, rows.v))
-            kept.append(self._cache.start_question(layer, rows.k, rows.v))
-
-        out = self._sparse.attend(rows, keep)
-        for finish in kept:
+        if not self._cache.gathers:  # as soon as can be: a transfer is waiting for it
+            begin()
+        out = attend(rows, begin if self._cache.gathers else _nothing)
+        for finish in finishes:
             finish()
         return out
 
 
+class _OnePass(_LayerAttention):
+    def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
+        start = (self._cache.start_context, self._cache.start_question)
+        return self._keeping(self._sparse.attend, start, layer, rows)
+
+
 class _ContextPass(_LayerAttention):
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        kept: list[Callable[[], None]] = []
-        out = self._sparse.attend_context(rows, lambda: kept.append(self._cache.start_context(layer, rows.k, rows.v)))
-        kept[0]()
-        return out
+        return self._keeping(self._sparse.attend_context, (self._cache.start_context,), layer, rows)
 
 
 class _QuestionPass(_LayerAttention):

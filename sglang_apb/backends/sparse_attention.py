@@ -100,29 +100,32 @@ class SparseAttention:
             next_row[owner] += num_passing
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
-    def attend(self, layer: LayerRows, while_sent: Callable[[], None] = _nothing) -> torch.Tensor:
+    def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
         """Context and question in one pass: [num_rows, num_q_heads, head_dim].
 
-        `while_sent` is called once the exchange with other ranks has begun: what else is to be sent comes after it.
+        `meanwhile` starts what else is to be sent to other ranks. It is called before attention over what was handed
+        on, which loses little to it: many small thread blocks. Attention over own blocks, and matrix products, give
+        each multiprocessor its share beforehand; where NCCL holds some of them, their shares come after all others',
+        and the kernel takes twice as long (docs/performance.md). That is also why the exchange is waited for first.
         """
         context, question = self.rows.context, self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        take_shared = self._start_exchange(layer, layer.q[question.start :])
-        while_sent()
+        shared = self._exchange(layer, layer.q[question.start :])
         own_lse = self._attend_own(layer, out)
         answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
-        self._add_shared(layer, take_shared(), out, own_lse)
+        meanwhile()
+        self._add_shared(layer, shared, out, own_lse)
         out[question.start :] = answer()
         return out
 
-    def attend_context(self, layer: LayerRows, while_sent: Callable[[], None] = _nothing) -> torch.Tensor:
+    def attend_context(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        take_shared = self._start_exchange(layer, layer.q[question.start : question.end])
-        while_sent()
+        shared = self._exchange(layer, layer.q[question.start : question.end])
         own_lse = self._attend_own(layer, out)
-        self._add_shared(layer, take_shared(), out, own_lse)
+        meanwhile()
+        self._add_shared(layer, shared, out, own_lse)
         return out
 
     def attend_question(self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor) -> torch.Tensor:
@@ -143,23 +146,18 @@ class SparseAttention:
             before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
             self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
 
-    def _start_exchange(self, layer: LayerRows, question: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Starts sending anchor and passing tokens; the result waits and gives `shared`.
+    def _exchange(self, layer: LayerRows, question: torch.Tensor) -> torch.Tensor:
+        """Anchor and passing tokens of all ranks: [num_anchor + num_passing, 2 (k, v), num_kv_heads, head_dim].
 
-        shared: [num_anchor + num_passing_in_all, 2 (k, v), num_kv_heads, head_dim]
+        The anchor is on its way while passing tokens are chosen.
         """
         num_shared = self._num_anchor + len(self._passing_order)
         shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
         anchor = self._start_anchor(layer, shared)
-        place_passing = self._start_passing(layer, question, shared[self._num_anchor :])
-
-        def finish() -> torch.Tensor:
-            for pending in anchor:
-                pending.wait()
-            place_passing()
-            return shared
-
-        return finish
+        self._exchange_passing(layer, question, shared[self._num_anchor :])
+        for pending in anchor:
+            pending.wait()
+        return shared
 
     def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
         if self.layout.recomputed:
@@ -181,8 +179,8 @@ class SparseAttention:
                 return Span(start, start + len(tokens))
         raise ValueError(f"tokens [{tokens.start}, {tokens.end}) are not on rank {self._group.rank}")
 
-    def _start_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
-        """Chooses the own blocks' passing tokens and starts sending them; the result brings all ranks' to `target`.
+    def _exchange_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> None:
+        """Chooses the own blocks' passing tokens, and brings all ranks' to `target`.
 
         target: [num_passing_in_all, 2, num_kv_heads, head_dim], in the order of the prompt.
         """
@@ -192,14 +190,9 @@ class SparseAttention:
         if candidates.num_selected:
             scores = self._selector.score(layer.k, question, candidates, self._kernels)
             self._kernels.pack(layer.k, layer.v, self._kernels.select(scores, candidates), selected)
-        if alone:
-            return _nothing
-        gathered = self._group.gather_padded(selected, self._num_selected)
-
-        def place() -> None:
-            torch.index_select(gathered.wait().flatten(0, 1), 0, self._passing_order, out=target)
-
-        return place
+        if not alone:
+            gathered = self._group.gather_padded(selected, self._num_selected).wait()
+            torch.index_select(gathered.flatten(0, 1), 0, self._passing_order, out=target)
 
     def _start_question(
         self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor
