@@ -156,13 +156,13 @@ def test_every_server_gets_the_same_arguments_but_for_the_method(monkeypatch: py
     )
     assert [plan.name for plan in plans] == ["flashinfer", "fa3", "apb"]
     flashinfer, fa3, apb = (plan.arguments for plan in plans)
-    plain = ("--mem-fraction-static", "0.6", "--tp", "2")
-    assert flashinfer[:6] == ("--attention-backend", "flashinfer", *plain)
-    assert fa3[:6] == ("--attention-backend", "fa3", *plain)
+    plain = ("--chunked-prefill-size", "65536", "--mem-fraction-static", "0.6", "--tp", "2")
+    assert flashinfer[:8] == ("--attention-backend", "flashinfer", *plain)
+    assert fa3[:8] == ("--attention-backend", "fa3", *plain)
     assert apb[:6] == ("--prefill-backend", "apb", "--sp-size", "2", "--prefill-backend-config", '{"block": 64}')
     assert apb[6:8] == ("--attention-backend", "flashinfer")
-    assert flashinfer[6:] == fa3[6:] == apb[8:]
-    assert {"--chunked-prefill-size", "--disable-radix-cache", "--skip-tokenizer-init"} < set(apb)
+    assert flashinfer[8:] == fa3[8:] == apb[8:]
+    assert {"--max-running-requests", "--disable-radix-cache", "--skip-tokenizer-init"} < set(apb)
     assert apb[-2:] == ("--dtype", "bfloat16"), "the user's come last, so that they count"
 
 

@@ -23,7 +23,7 @@ from sglang_apb.rank_group import RankGroup
 
 
 class ApbBackend(PrefillBackend):
-    """`replicate_kv`: each of several ranks ends up with all of a prompt's KV, to decode; otherwise with what it owns."""
+    """`replicate_kv`: each of several ranks ends up with all of a prompt's KV, to decode; else with what it owns."""
 
     def __init__(self, model_runner: Any, config: ApbConfig, group: RankGroup, *, replicate_kv: bool) -> None:
         self._runner = model_runner

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from sglang_apb import layout
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import plot as bench_plot
+from sglang_apb.commands.bench import trace as bench_trace
 from sglang_apb.commands.bench.arguments import count, counts
 from sglang_apb.commands.bench.models import SHAPES, DecoderShape, apb_flop, exact_flop, read_config, shape_folder
 from sglang_apb.commands.bench.servers import BenchServer, ServerPlan, default_backends, plan_servers
@@ -37,6 +38,9 @@ _REQUEST_TIMEOUT_S = 1800.0
 _SAMPLING = {"max_new_tokens": 1, "ignore_eos": True, "temperature": 0}
 # What a result depends on; ports and folders are not among it.
 _SETTINGS = ("shape", "lengths", "repeats", "warm_up", "seed", "gpus", "backends", "prefill_backend_config")
+
+# The index of the prompt that is profiled: none of the timed ones has it.
+_TRACED = 1 << 20
 
 Advance = Callable[[], Any]
 
@@ -59,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill-backend-config", help="of the APB server")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="for every single time, and the settings")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="for a picture; needs matplotlib")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FOLDER",
+        help="profile one more prompt a length on APB's server, into this folder",
+    )
     parser.add_argument("--port", type=int, default=30200, help="the first server's; each takes the next two")
     parser.add_argument("--log-dir", type=Path, help="logs/bench-DATE-TIME if left out")
     parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for all servers")
@@ -82,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
             if args.output:  # after each server: what is measured stays when the run is interrupted
                 _write(args, plans, timings, work)
     print(describe(timings, work, args.gpus))
+    if args.trace:
+        print(describe_traces(args.trace, args.lengths))
     if args.output:
         print(f"written to {args.output}")
     if args.plot:
@@ -106,6 +118,8 @@ def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_
                     )
                     try:
                         time_prompts(server.url, timing, prompts, args.warm_up, progress.update)
+                        if args.trace and name == APB and timing.reason is None:
+                            trace_prompt(server.url, timing, args.trace, args.seed, vocab_size)
                     except requests.RequestException as error:
                         server.raise_why(error)
     except CommandError as error:  # of this server only: the others are still worth their time
@@ -137,6 +151,19 @@ def time_prompts(
         advance()
 
 
+def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: int) -> None:
+    """Profiles one more prompt of the timing's length; files of all ranks go to folder/LENGTH.
+
+    Raises requests.RequestException when there is no answer.
+    """
+    output = (folder / str(timing.length)).resolve()
+    options = {"output_dir": str(output), "activities": ["CPU", "GPU"]}
+    requests.post(f"{url}/start_profile", json=options, timeout=_REQUEST_TIMEOUT_S).raise_for_status()
+    profiled = Timing(timing.server, timing.length)
+    time_prompts(url, profiled, iter([random_prompt(seed, timing.length, _TRACED, vocab_size)]), 0)
+    requests.post(f"{url}/stop_profile", timeout=_REQUEST_TIMEOUT_S).raise_for_status()
+
+
 def random_prompt(seed: int, length: int, index: int, vocab_size: int) -> list[int]:
     """Token ids that no other length or index has, the same at every call: a cache has nothing to find."""
     return numpy.random.default_rng([seed, length, index]).integers(vocab_size, size=length).tolist()
@@ -150,6 +177,19 @@ def describe(timings: Sequence[Timing], work: Callable[[Timing], int | None], gp
         rate_table(timings, work, gpus, "GPU" if num_gpus() else "rank"),
     ]
     return "\n\n".join(["", *filter(None, parts)])
+
+
+def describe_traces(folder: Path, lengths: Sequence[int]) -> str:
+    """What the traces of each length say; of a prompt on the exact path they say nothing."""
+    parts = []
+    for length in lengths:
+        files = sorted((folder / str(length)).glob("*.trace.json.gz"))
+        try:
+            said = bench_trace.describe([bench_trace.read(file) for file in files]) if files else "no trace"
+        except CommandError as error:
+            said = str(error)
+        parts.append(f"{length:,} tokens, profiled: {folder / str(length)}\n\n{said}")
+    return "\n\n".join(["", *parts])
 
 
 def _complete(args: argparse.Namespace) -> ApbConfig:
