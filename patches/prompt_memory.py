@@ -1,14 +1,15 @@
 """Targets: `KVCacheConfigurator._profile_available_bytes`, `TpModelWorker.get_worker_info`.
 
-Reason: SGLang cuts a prompt into chunks, leaves a GPU's memory for one chunk's activations beside the KV pool, and lets
+Reason: SGLang cuts prompts into chunks, leaves a GPU's memory for one chunk's activations beside the KV pool, and lets
 prompts in as long as the pool is large. A sparse prompt runs whole: what its rows take is shared out together with
 the KV that they leave, unless `--mem-fraction-static` says how much the pool gets; and prompts that do not fit are
-refused by their length.
+refused by their length. What sparse attention takes for itself is taken before that is worked out.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     """`max_req_len` and `max_req_input_len` (a prompt must be shorter), which SGLang takes from one rank's pool."""
     runner = worker.model_runner
     backend = backend_of(runner)
+    _warm_up(runner)
     room = Room(runner.max_total_num_tokens, runner.page_size, _activation_bytes(runner))
     largest = capacity.largest_prompt(backend, room)
     longest = worker.model_config.context_len - 1
@@ -62,6 +64,17 @@ def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     if runner.ps.tp_rank == 0:
         logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, room, largest))
     return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
+
+
+def _warm_up(runner: Any) -> None:
+    """Before free memory is asked for, of which it takes some."""
+    if runner.device != "cuda":
+        return
+    started = time.perf_counter()
+    backend_of(runner).warm_up()
+    torch.cuda.synchronize()
+    if runner.ps.tp_rank == 0:
+        logger.info("Sparse attention is ready: %.1f s.", time.perf_counter() - started)
 
 
 def _why(backend: Any, room: Room, largest: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 import threading
@@ -28,6 +29,10 @@ from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import ServiceError
 from sglang_apb.config import ApbConfig
 
+TRACED = [
+    {"ph": "X", "cat": "kernel", "name": "nvjet", "ts": 0, "dur": 7000},
+    {"ph": "X", "cat": "user_annotation", "name": "sparse attention, layer 0", "ts": 0, "dur": 9},
+]
 REPORT = {"method": "apb", "num_ranks": 1, "num_blocks": 16, "attention_share": 0.25}
 SMALL = {
     "architectures": ["LlamaForCausalLM"],
@@ -259,14 +264,27 @@ class PretendedServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+                if self.path.endswith("_profile"):
+                    self.profile(body)
+                    return
                 assert self.path == "/generate"
-                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                asked.append(body)
                 answered = answer(asked[-1])
                 if answered is None:
                     return
                 self.send_response(answered[0])
                 self.end_headers()
                 self.wfile.write(json.dumps(answered[1]).encode())
+
+            def profile(self, options: dict[str, Any]) -> None:
+                if self.path == "/start_profile":
+                    folder = Path(options["output_dir"])
+                    folder.mkdir(parents=True)
+                    with gzip.open(folder / "1-TP-0.trace.json.gz", "wt") as file:
+                        json.dump({"traceEvents": TRACED}, file)
+                self.send_response(200)
+                self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 """Silent."""
@@ -319,6 +337,26 @@ def bench(
         return status, servers
 
     yield start
+
+
+def test_a_prefill_server_of_a_pair_is_timed_without_its_decode_server(
+    bench: Callable[..., tuple[int, PretendedServers]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only APB's requests say that nobody takes their KV. One more prompt than those timed is profiled."""
+    output, traces = tmp_path / "ttft.json", tmp_path / "traces"
+    options = ["--lengths", "32", "--repeats", "2", "--warm-up", "0", "--prefill-only", "--output", str(output)]
+    behaviour = {"one": answers(), "two": answers(), "apb": answers(**REPORT)}
+    status, servers = bench(behaviour, [*options, "--trace", str(traces)])
+    assert status == 0
+    assert not any("bootstrap_host" in body for name in ("one", "two") for body in servers.asked[name])
+    assert [body["bootstrap_host"] for body in servers.asked["apb"]] == ["2.2.2.2"] * 3
+    assert servers.asked["apb"][2]["input_ids"] not in [body["input_ids"] for body in servers.asked["apb"][:2]]
+    result = json.loads(output.read_text())
+    assert result["settings"]["prefill_only"] is True
+    assert result["servers"]["apb"][-5:-3] == ["--disaggregation-bootstrap-port", "30208"], "after three servers' ports"
+    assert len(next(timing for timing in result["timings"] if timing["server"] == "apb")["seconds"]) == 2
+    printed = capsys.readouterr().out
+    assert "| whole prefill" in printed and "7.0" in printed and (traces / "32").is_dir()
 
 
 def test_bench_times_every_server_with_the_same_prompts(

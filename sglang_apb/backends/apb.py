@@ -21,6 +21,9 @@ from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup
 
+# Enough for blocks whose rows keep a GPU busy: few rows are attended by another kernel (attention/flashinfer.py).
+WARM_UP_TOKENS = 32768
+
 
 class ApbBackend(PrefillBackend):
     """`replicate_kv`: each of several ranks ends up with all of a prompt's KV, to decode; else with what it owns."""
@@ -73,6 +76,29 @@ class ApbBackend(PrefillBackend):
     def activation_bytes(self, plan: Layout) -> int:
         num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
         return num_local_rows * self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
+
+    def warm_up(self) -> None:
+        """Runs a layer's attention over noise: FlashInfer and Triton compile at their first use, for a minute or two,
+        and ranks meet at their first exchange.
+        """
+        model, device = self._runner.model_config, self._runner.device
+        layout = self.plan(WARM_UP_TOKENS, Wish())
+        sparse = SparseAttention(layout, self._group, self._engine, self._selector, device)
+        noise = LayerRows.random(
+            num_rows(sparse.rows.tokens),
+            model.num_attention_heads,
+            model.num_key_value_heads,
+            model.head_dim,
+            device,
+            self._runner.dtype,
+        )
+        if self._config.order == "one_pass":
+            sparse.attend(noise)
+            return
+        start, context = sparse.rows.question.start, sparse.rows.context
+        sparse.attend_context(noise.part(0, start))
+        own = noise.part(context.start, context.end)
+        sparse.attend_question(noise.part(start, len(noise.q)), own.k, own.v)
 
     def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
         device = forward_batch.input_ids.device

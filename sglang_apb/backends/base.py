@@ -57,6 +57,10 @@ class PrefillBackend(ABC):
         """Memory that the prompt's rows take on the rank with most of them while a layer runs, beside its KV."""
 
     @abstractmethod
+    def warm_up(self) -> None:
+        """Compiles and allocates what would keep the first request waiting. All ranks of a GPU server call it once."""
+
+    @abstractmethod
     def prefill(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Any:
         """Runs the model over the one request of `forward_batch` and writes its KV.
 

@@ -29,6 +29,25 @@ class LayerRows:
     v: torch.Tensor
     scale: float
 
+    @classmethod
+    def random(
+        cls,
+        num_rows: int,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> LayerRows:
+        """Noise, as views of one projection's rows, as a model has them."""
+        heads = (num_q_heads, num_kv_heads, num_kv_heads)
+        q, k, v = torch.randn(num_rows, sum(heads), head_dim, device=device, dtype=dtype).split(heads, dim=1)
+        return cls(q, k, v, head_dim**-0.5)
+
+    def part(self, start: int, end: int) -> LayerRows:
+        """Rows [start, end)."""
+        return LayerRows(self.q[start:end], self.k[start:end], self.v[start:end], self.scale)
+
 
 def _nothing() -> None:
     """What is left to do when nothing was started."""

@@ -89,13 +89,11 @@ def group_of(rank: int, num_ranks: int) -> RankGroup:
 
 
 def random_rows(setting: InProcess, num_tokens: int) -> LayerRows:
-    """q, k and v as views of one projection's rows, as a model has them."""
     shape = setting.shape
-    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     torch.manual_seed(setting.seed)
-    rows = torch.randn(num_tokens, sum(heads), shape.head_dim, device=setting.device, dtype=setting.dtype)
-    q, k, v = rows.split(heads, dim=1)
-    return LayerRows(q, k, v, shape.head_dim**-0.5)
+    return LayerRows.random(
+        num_tokens, shape.num_heads, shape.num_kv_heads, shape.head_dim, setting.device, setting.dtype
+    )
 
 
 def layer_calls(setting: InProcess, layout: Layout, rank: int) -> LayerCalls:

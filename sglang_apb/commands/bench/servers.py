@@ -46,11 +46,13 @@ def plan_servers(
     gpus: int,
     dummy_weights: bool = False,
     config_text: str | None = None,
+    bootstrap_port: int | None = None,
     extra: Sequence[str] = (),
 ) -> list[ServerPlan]:
     """Plain SGLang with each of `backends`, then APB, each on `gpus` GPUs (ranks on a CPU).
 
-    APB's server runs short prompts and decode with the first of `backends`. `extra` goes to all, last.
+    APB's server runs short prompts and decode with the first of `backends`; with a `bootstrap_port` it is the prefill
+    server of a pair, whose ranks keep what they own. `extra` goes to all, last.
     """
     common = [*_COMMON, *(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ()), *extra]
     plain = [*(_PLAIN_GPU if num_gpus() else ()), "--tp", str(gpus), *common]
@@ -58,6 +60,9 @@ def plan_servers(
     apb = ["--prefill-backend", "apb", "--sp-size", str(gpus)]
     apb += ["--prefill-backend-config", config_text] if config_text else []
     apb += ["--attention-backend", backends[0]] if backends else []
+    if bootstrap_port is not None:
+        apb += ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "zmq"]
+        apb += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
     return [*plans, ServerPlan(APB, (*apb, *common))]
 
 

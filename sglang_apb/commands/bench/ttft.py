@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,9 +35,22 @@ from sglang_apb.config import ApbConfig, ConfigError, parse
 
 HELP = "time to first token, APB against plain SGLang"
 _REQUEST_TIMEOUT_S = 1800.0
+_PORTS = 3  # of a server: its own, its ranks', and a prefill server's bootstrap
+# A decode server's address by which SGLang knows that there is none (disaggregation/utils.py: FAKE_BOOTSTRAP_HOST).
+_NO_DECODE = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 _SAMPLING = {"max_new_tokens": 1, "ignore_eos": True, "temperature": 0}
 # What a result depends on; ports and folders are not among it.
-_SETTINGS = ("shape", "lengths", "repeats", "warm_up", "seed", "gpus", "backends", "prefill_backend_config")
+_SETTINGS = (
+    "shape",
+    "lengths",
+    "repeats",
+    "warm_up",
+    "seed",
+    "gpus",
+    "backends",
+    "prefill_backend_config",
+    "prefill_only",
+)
 
 # The index of the prompt that is profiled: none of the timed ones has it.
 _TRACED = 1 << 20
@@ -61,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "there, fa3 if left out, torch_native on a CPU",
     )
     parser.add_argument("--prefill-backend-config", help="of the APB server")
+    parser.add_argument(
+        "--prefill-only",
+        action="store_true",
+        help="APB's as the prefill server of a pair, whose ranks keep what they own, with nobody to send it to",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="for every single time, and the settings")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="for a picture; needs matplotlib")
     parser.add_argument(
@@ -69,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="profile one more prompt a length on APB's server, into this folder",
     )
-    parser.add_argument("--port", type=int, default=30200, help="the first server's; each takes the next two")
+    parser.add_argument("--port", type=int, default=30200, help="the first server's; each takes three")
     parser.add_argument("--log-dir", type=Path, help="logs/bench-DATE-TIME if left out")
     parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for all servers")
 
@@ -79,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     with _model(args) as model:
         model_config = read_config(model)
         plans = _plans(args)
-        ports = [args.port + 2 * index for index in range(len(plans))]
+        ports = [args.port + _PORTS * index for index in range(len(plans))]
         check_ports({f"{plan.name} server": port for plan, port in zip(plans, ports, strict=True)})
         work = _work(DecoderShape.of(model_config), config, args.gpus)
         timings: list[Timing] = []
@@ -108,6 +126,7 @@ def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_
     """Starts the server, times every length, and ends it. What cannot be timed has the reason in it."""
     timings = [Timing(name, length) for length in args.lengths]
     num_prompts = args.warm_up + args.repeats
+    more = _NO_DECODE if args.prefill_only and name == APB else {}
     try:
         with server:
             server.wait_ready()
@@ -117,9 +136,9 @@ def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_
                         random_prompt(args.seed, timing.length, index, vocab_size) for index in range(num_prompts)
                     )
                     try:
-                        time_prompts(server.url, timing, prompts, args.warm_up, progress.update)
+                        time_prompts(server.url, timing, prompts, args.warm_up, more, progress.update)
                         if args.trace and name == APB and timing.reason is None:
-                            trace_prompt(server.url, timing, args.trace, args.seed, vocab_size)
+                            trace_prompt(server.url, timing, args.trace, args.seed, vocab_size, more)
                     except requests.RequestException as error:
                         server.raise_why(error)
     except CommandError as error:  # of this server only: the others are still worth their time
@@ -130,14 +149,19 @@ def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_
 
 
 def time_prompts(
-    url: str, timing: Timing, prompts: Iterator[list[int]], num_warm_up: int, advance: Advance = lambda: None
+    url: str,
+    timing: Timing,
+    prompts: Iterator[list[int]],
+    num_warm_up: int,
+    more: Mapping[str, Any],
+    advance: Advance = lambda: None,
 ) -> None:
-    """Asks one prompt after the other and notes the times; stops with the reason when one is refused.
+    """Asks one prompt after the other, with the fields `more`; stops with the reason when one is refused.
 
     Raises requests.RequestException when there is no answer.
     """
     for index, token_ids in enumerate(prompts):
-        body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING})
+        body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING, **more})
         started = time.perf_counter()
         response = requests.post(
             f"{url}/generate", data=body, headers={"Content-Type": "application/json"}, timeout=_REQUEST_TIMEOUT_S
@@ -151,7 +175,7 @@ def time_prompts(
         advance()
 
 
-def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: int) -> None:
+def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: int, more: Mapping[str, Any]) -> None:
     """Profiles one more prompt of the timing's length; files of all ranks go to folder/LENGTH.
 
     Raises requests.RequestException when there is no answer.
@@ -160,7 +184,7 @@ def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: 
     options = {"output_dir": str(output), "activities": ["CPU", "GPU"]}
     requests.post(f"{url}/start_profile", json=options, timeout=_REQUEST_TIMEOUT_S).raise_for_status()
     profiled = Timing(timing.server, timing.length)
-    time_prompts(url, profiled, iter([random_prompt(seed, timing.length, _TRACED, vocab_size)]), 0)
+    time_prompts(url, profiled, iter([random_prompt(seed, timing.length, _TRACED, vocab_size)]), 0, more)
     requests.post(f"{url}/stop_profile", timeout=_REQUEST_TIMEOUT_S).raise_for_status()
 
 
@@ -217,6 +241,7 @@ def _plans(args: argparse.Namespace) -> list[ServerPlan]:
         gpus=args.gpus,
         dummy_weights=args.shape is not None,
         config_text=args.prefill_backend_config,
+        bootstrap_port=args.port + _PORTS * len(args.backends) + 2 if args.prefill_only else None,
         extra=args.server_args,
     )
 

@@ -1,0 +1,61 @@
+"""The APB backend on a model runner that is not there: what it does without a model's layers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from sglang_apb.backends import apb
+from sglang_apb.backends.base import Wish
+from sglang_apb.config import ApbConfig
+from sglang_apb.rank_group import RankGroup
+
+
+def backend(group: Any = None, replicate_kv: bool = False, **config: Any) -> apb.ApbBackend:
+    model = SimpleNamespace(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype=torch.float32
+    )
+    runner = SimpleNamespace(
+        model_config=model,
+        dtype=torch.float32,
+        device="cpu",
+        token_to_kv_pool_allocator=SimpleNamespace(page_size=1),
+    )
+    return apb.ApbBackend(runner, ApbConfig(**config), RankGroup(group), replicate_kv=replicate_kv)
+
+
+PAPER = {"order": "two_pass", "anchor_mode": "recomputed"}
+
+
+@pytest.mark.parametrize("config", [{}, PAPER], ids=["one pass", "two passes"])
+def test_warming_up_attends_once(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apb, "WARM_UP_TOKENS", 700)
+    made = backend(**config)
+    called = []
+    engine = made._engine
+    monkeypatch.setattr(engine, "plan", lambda calls: called.append(len(calls)) or type(engine).plan(engine, calls))
+    made.warm_up()
+    assert len(called) == 1
+
+
+def _warm_up(group: Any) -> None:
+    apb.WARM_UP_TOKENS = 700
+    backend(group, num_blocks=3).warm_up()
+
+
+def test_ranks_warm_up_together() -> None:
+    run_ranks(2, _warm_up)
+
+
+def test_activations_are_those_of_the_rank_with_most_rows() -> None:
+    made = backend(num_blocks=4)
+    plan = made.plan(1000, Wish())
+    row = 1.15 * 4 * (2 * 64 + 64 + 64 + 64 + 64)  # residual, input, Q, K and V, attention, output; float32
+    assert made.activation_bytes(plan) == 1000 * int(row)
+    recomputed = backend(num_blocks=4, anchor=100, anchor_mode="recomputed")
+    copied = 100 + len(recomputed.plan(1000, Wish()).question)
+    assert recomputed.activation_bytes(recomputed.plan(1000, Wish())) == (1000 + copied) * int(row)
