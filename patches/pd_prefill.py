@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
+from sglang_apb.requests import PARAMETER
 from sglang_apb.transfer.layer_stream import LayerStream
 
 
@@ -26,6 +27,9 @@ def layer_stream(batch: Any) -> LayerStream | None:
 
 
 def _before_send(self: Any, req: Any, last_chunk: bool = False, end_idx: int | None = None) -> None:
+    if getattr(req, "prefill_report", None):
+        # For this server's own answer, which the router does not pass on. SGLang takes it from decoding steps only.
+        req.customized_info = {PARAMETER: [req.prefill_report]}
     _tell_sender(req)
 
 
