@@ -2,15 +2,21 @@
 # What has to be run on GPUs, step by step, each with a limit of its own; logs and results go to a folder, one line a
 # step to the screen. A step that fails does not stop the others.
 #
-#   benchmarks/gpu_session.sh OUT_DIR [STEP ...]     steps: pytest_gpu kernels layer ttft answers; all in this order if none
+#   benchmarks/gpu_session.sh OUT_DIR [STEP ...]
 #
-# MODEL names a SmolLM2 folder (`sglang-apb model smollm2 DIR`) for `answers`. GPUS is 1 if not set.
+#   pytest    tests marked gpu                            kernels   each call of a layer
+#   layer     a layer by parts, beside exact attention    ttft      servers, plain and APB, 8K to 128K, with traces
+#   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
+#   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation
+#
+# GPUS is 1 if not set. BACKENDS: of plain SGLang, as for `bench ttft`.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:?usage: benchmarks/gpu_session.sh OUT_DIR [STEP ...]}
 shift
 mkdir -p "$out"
 gpus=${GPUS:-1}
+bench=(python3 -m sglang_apb.cli bench)
 
 step() {  # name, seconds, command ...
   local name=$1 limit=$2 started=$SECONDS
@@ -19,25 +25,26 @@ step() {  # name, seconds, command ...
   echo "== $name: $result, $((SECONDS - started)) s; $(tail -1 "$out/$name.log")"
 }
 
-pytest_gpu() { step pytest_gpu 420 python3 -m pytest -m gpu -q tests; }
-kernels() {
-  step kernels 240 python3 -m sglang_apb.cli bench kernels --lengths 32768,131072 --ranks "$gpus" \
-    --output "$out/kernels.json" --plot "$out/kernels.png"
+run_pytest() { step pytest 420 python3 -m pytest -m gpu -q tests; }
+run_kernels() {
+  step kernels 240 "${bench[@]}" kernels --lengths 32768,131072 --ranks "$gpus" --output "$out/kernels.json"
 }
-layer() {
-  step layer 240 python3 -m sglang_apb.cli bench layer --lengths 32768,131072 --ranks "$gpus" \
-    --output "$out/layer.json" --plot "$out/layer.png"
+run_layer() { step layer 240 "${bench[@]}" layer --lengths 32768,131072 --ranks "$gpus" --output "$out/layer.json"; }
+run_ttft() {
+  step ttft 560 "${bench[@]}" ttft --shape llama-3.1-8b --lengths 8192,32768,131072 --gpus "$gpus" \
+    ${BACKENDS:+--backends "$BACKENDS"} --output "$out/ttft.json" --log-dir "$out/servers" --trace "$out/traces"
 }
-ttft() {
-  step ttft 560 python3 -m sglang_apb.cli bench ttft --shape llama-3.1-8b --lengths 8192,32768,131072 --gpus "$gpus" \
-    --output "$out/ttft.json" --plot "$out/ttft.png" --log-dir "$out/servers"
+run_long() {
+  step long 560 "${bench[@]}" ttft --shape llama-3.1-8b --lengths "${PREFILL_LENGTHS:-262144}" --gpus "$gpus" \
+    ${PREFILL_LENGTHS:+--prefill-only} --backends "" --repeats 2 --output "$out/long.json" --log-dir "$out/servers" \
+    -- --attention-backend flashinfer
 }
-answers() {
+run_answers() {
   local ways=plain,apb-1,pd-1
   [ "$gpus" -gt 1 ] && ways=plain,apb-1,apb-2,pd-1,pd-2
   step answers 560 python3 benchmarks/gpu_check.py "$MODEL" "$out/answers" --ways "$ways"
 }
 
-for name in "${@:-pytest_gpu kernels layer ttft answers}"; do
-  for each in $name; do "$each"; done
+for name in ${@:-pytest kernels layer ttft answers}; do
+  "run_$name"
 done

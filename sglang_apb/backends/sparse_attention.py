@@ -239,14 +239,13 @@ class SparseAttention:
     def _merge(self, partials: Iterable[Partial], q: torch.Tensor) -> Partial:
         """Attention of rows q over the union of the partials' keys; no partial at all is a row without keys."""
         partials = list(partials)
-        merged = Partial(
-            torch.zeros_like(q, memory_format=torch.contiguous_format),
-            q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
-        )
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        merged = Partial(out, q.new_empty(q.shape[:2], dtype=torch.float32))
         if partials:
-            self._kernels.merge(
-                [part.out for part in partials], [part.lse for part in partials], merged.out, merged.lse
-            )
+            self._kernels.merge([part.out for part in partials], [part.lse for part in partials], out, merged.lse)
+        else:
+            out.zero_()
+            merged.lse.fill_(-torch.inf)
         return merged
 
 
