@@ -42,6 +42,10 @@ def test_warming_up_attends_once(config: dict[str, Any], monkeypatch: pytest.Mon
     assert len(called) == 1
 
 
+def test_a_configuration_for_longer_prompts_is_not_warmed_up() -> None:
+    backend(question_tokens=apb.WARM_UP_TOKENS).warm_up()
+
+
 def _warm_up(group: Any) -> None:
     apb.WARM_UP_TOKENS = 700
     backend(group, num_blocks=3).warm_up()
