@@ -33,7 +33,7 @@ def run_ranks(
         outcomes = dict(_take(results, processes, timeout_s) for _ in processes)
     finally:
         for process in processes:
-            process.join(timeout=10)
+            process.join(timeout=60)  # where SGLang was imported, leaving takes a while
             process.kill()
     errors = [f"rank {rank} failed:\n{error}" for rank, (error, _) in sorted(outcomes.items()) if error]
     assert not errors, "\n".join(errors)

@@ -97,7 +97,7 @@ def group_of(kernel: str) -> str:
 def read(path: Path) -> TraceSummary:
     """Raises CommandError when the file shows no sparse prefill."""
     with gzip.open(path) as file:
-        return summarize(json.load(file)["traceEvents"])
+        return summarize(json.loads(file.read())["traceEvents"])
 
 
 def describe(summaries: Sequence[TraceSummary]) -> str:
