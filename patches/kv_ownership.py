@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from sglang_apb.patches._patch import Patch
 
-from sglang_apb.backends.base import KeptTokens
-
-# Where tokens that another rank keeps point to: SGLang's slot for padding, which no request owns.
-_NOWHERE = 0
+from sglang_apb.backends.base import PADDING_SLOT, KeptTokens
 
 
 def _kept_tokens(batch: Any) -> KeptTokens | None:
@@ -54,8 +51,8 @@ def _take_slots(tree_cache: Any, num_slots: int) -> torch.Tensor:
 
 
 def _row(kept: KeptTokens, slots: torch.Tensor) -> torch.Tensor:
-    """The slot of each of the prompt's tokens, int64 [num_tokens]."""
-    row = torch.full((kept.num_tokens,), _NOWHERE, dtype=torch.int64, device=slots.device)
+    """The slot of each of the prompt's tokens, int64 [num_tokens]; PADDING_SLOT for those that another rank keeps."""
+    row = torch.full((kept.num_tokens,), PADDING_SLOT, dtype=torch.int64, device=slots.device)
     start = 0
     for span in kept.context:
         row[span.start : span.end] = slots[start : start + len(span)]

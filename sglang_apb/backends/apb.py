@@ -15,7 +15,7 @@ from sglang_apb import attention as engines
 from sglang_apb import layout as layouts
 from sglang_apb import selection
 from sglang_apb.backends.activations import RowSizes
-from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
+from sglang_apb.backends.base import PADDING_SLOT, KeptTokens, PrefillBackend, Wish
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, num_rows
@@ -141,10 +141,6 @@ class ApbBackend(PrefillBackend):
         return model.logits_processor(forward_batch.input_ids[-1:], last_row, model.lm_head, metadata)
 
 
-# SGLang's slot for padding, which no request owns.
-_NOBODYS_SLOT = 0
-
-
 class _KvCache:
     """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it."""
 
@@ -169,8 +165,7 @@ class _KvCache:
         self._own_slots = context_slots[group.rank]
         self._question_slots = slots[layout.question.start : layout.question.end]
         if replicate:
-            padded = [_padded(part, max(self._num_context), _NOBODYS_SLOT) for part in context_slots]
-            self._all_slots = torch.cat(padded)
+            self._all_slots = torch.cat([_padded(part, max(self._num_context)) for part in context_slots])
 
     def own_context(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached K and V of this rank's blocks, [num_rows, num_kv_heads, head_dim] each."""
@@ -286,8 +281,8 @@ def _nothing() -> None:
     """What is left to do when nothing was started."""
 
 
-def _padded(slots: torch.Tensor, length: int, value: int) -> torch.Tensor:
-    return torch.cat((slots, slots.new_full((length - len(slots),), value)))
+def _padded(slots: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat((slots, slots.new_full((length - len(slots),), PADDING_SLOT)))
 
 
 def _indices(spans: Iterable[Span], device: torch.device) -> torch.Tensor:

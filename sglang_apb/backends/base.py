@@ -9,6 +9,9 @@ from typing import Any
 
 from sglang_apb.layout import Span, num_rows
 
+# SGLang's slot for padding, which no request owns: what is written there is not kept.
+PADDING_SLOT = 0
+
 
 @dataclass(frozen=True)
 class Wish:

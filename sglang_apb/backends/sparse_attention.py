@@ -71,6 +71,10 @@ class SparseAttention:
         self._selector = selector
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
+        # How many passing tokens each rank hands on.
+        self._num_selected = [
+            sum(self._num_passing[block] for block in layout.blocks_of(rank)) for rank in range(group.size)
+        ]
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
         self._candidates = self._own_candidates(device)
         self._passing_order = self._order_of_passing(device)
@@ -99,13 +103,6 @@ class SparseAttention:
             spans.append(Span(rows.start + first, rows.end))
             counts.append(self._num_passing[block])
         return Candidates.of(spans, counts, device)
-
-    @property
-    def _num_selected(self) -> list[int]:
-        """How many passing tokens each rank hands on."""
-        return [
-            sum(self._num_passing[block] for block in self.layout.blocks_of(rank)) for rank in range(self._group.size)
-        ]
 
     def _order_of_passing(self, device: torch.device | str) -> torch.Tensor:
         """For each passing token in the prompt's order its row among the gathered ones, which come rank after rank,
