@@ -46,6 +46,13 @@ def test_times_of_kernels_and_of_what_nothing_hides() -> None:
     assert summary.groups == {group: pytest.approx(ms * 1e-3) for group, ms in wanted.items()}
 
 
+def test_kernels_that_run_beside_each_other_count_once() -> None:
+    """0-10 | 1-2 within it | 5-11"""
+    beside = [event("kernel", "nvjet", start, ms) for start, ms in ((0, 10), (1, 1), (5, 6))]
+    summary = bench_trace.summarize([*beside, event("user_annotation", "sparse attention, layer 0", 0, 1)])
+    assert summary.span == pytest.approx(11e-3) and summary.idle == pytest.approx(0)
+
+
 @pytest.mark.parametrize(
     "name", ["cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy"]
 )
