@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from sglang_apb.patches import pd_prefill
+from sglang_apb.patches import last_layer, pd_prefill
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config, metrics, requests
@@ -33,6 +33,7 @@ def _create(model_runner: Any) -> Any:
     options = server_args.plugin_options
     group = get_parallel().attn_cp_group.device_group if options.sp_size > 1 else None
     settings, replicate_kv = config.parse(options.config_text), replicates_kv(server_args)
+    last_layer.drop_rows(model_runner.model)
     return backends.load(options.backend)(model_runner, settings, RankGroup(group), replicate_kv=replicate_kv)
 
 

@@ -29,7 +29,9 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
     if req.finished() or req.to_finish:
         return
     backend = backend_of(self.tp_worker.model_runner)
-    wish = requests.wish_of(req, config.parse(self.server_args.plugin_options.config_text))
+    options = self.server_args.plugin_options
+    shortest = config.parse(options.config_text).shortest_sparse(self.server_args.device, options.sp_size)
+    wish = requests.wish_of(req, shortest)
     kept = None
     if wish is not None:
         try:

@@ -20,6 +20,9 @@ DEFAULT_NUM_BLOCKS = 16
 # A short prompt gets fewer blocks than that: what a block hands on must be little beside what it holds.
 MIN_DEFAULT_BLOCK = 512
 DEFAULT_QUESTION_TOKENS = 256
+DEFAULT_MIN_TOKENS = 2048
+# Alone on a GPU, exact attention is as fast up to here: its share of a short prompt's work is small.
+DEFAULT_MIN_TOKENS_ONE_GPU = 12288
 # Lengths that follow the prompt are multiples of this, so that they suit attention kernels' tiles.
 LENGTH_STEP = 128
 # Settings with a name, which `--prefill-backend-config` takes in place of JSON.
@@ -43,7 +46,11 @@ class ApbConfig:
     question_tokens: int | None = setting(
         None, "trailing tokens that attend to everything; the last 256, or a quarter of the prompt if less"
     )
-    min_tokens: int = setting(2048, "shorter prompts run as exact attention")
+    min_tokens: int | None = setting(
+        None,
+        f"shorter prompts run as exact attention; if left out {DEFAULT_MIN_TOKENS}, {DEFAULT_MIN_TOKENS_ONE_GPU} on "
+        "one GPU, where exact attention is as fast below",
+    )
     selector: str = setting("query", f"how passing tokens are chosen: {', '.join(SELECTORS)}")
     anchor_mode: str = setting(
         "shared", "shared: send the anchor's KV; recomputed: the paper's anchor, with the question inserted"
@@ -78,6 +85,12 @@ class ApbConfig:
                 'order="two_pass" runs the context before the question, so passing tokens can only be chosen by a '
                 'question inside the anchor: add anchor_mode="recomputed", or use order="one_pass"'
             )
+
+    def shortest_sparse(self, device: str, num_ranks: int) -> int:
+        """Tokens of the shortest prompt that runs sparse; device: SGLang's `--device`."""
+        if self.min_tokens is not None:
+            return self.min_tokens
+        return DEFAULT_MIN_TOKENS_ONE_GPU if device == "cuda" and num_ranks == 1 else DEFAULT_MIN_TOKENS
 
 
 def parse(text: str | None) -> ApbConfig:

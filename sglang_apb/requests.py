@@ -48,15 +48,15 @@ def check(num_tokens: int, custom_params: Mapping[str, Any] | None, page_size: i
         )
 
 
-def wish_of(req: Any, config: ApbConfig) -> Wish | None:
+def wish_of(req: Any, shortest_sparse: int) -> Wish | None:
     """What the sparse prefill should know of SGLang's request `req`; None when it takes the exact path.
 
-    Exact are: short prompts, prompts that ask for it, and those that want something of every row (input
-    logprobs, hidden states) or bring their own embeddings or session.
+    Exact are: prompts of less than `shortest_sparse` tokens, prompts that ask for it, and those that want something of
+    every row (input logprobs, hidden states) or bring their own embeddings or session.
     """
     num_tokens = len(req.origin_input_ids)
     given = parameters_of(req.sampling_params.custom_params)
-    if num_tokens < config.min_tokens or given.get("exact") or _needs_every_row(req):
+    if num_tokens < shortest_sparse or given.get("exact") or _needs_every_row(req):
         return None
     return Wish(question_tokens=given.get("question_tokens"))
 

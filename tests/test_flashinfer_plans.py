@@ -28,6 +28,7 @@ from test_sparse_attention import (
 from sglang_apb import selection
 from sglang_apb.attention import flashinfer as engine_module
 from sglang_apb.attention.base import Piece
+from sglang_apb.backends import sparse_attention
 from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Span
@@ -106,8 +107,13 @@ def error(engine: engine_module.FlashInferEngine, config: ApbConfig, num_layers:
 ONE_PASS = {name: config for name, config in CONFIGS.items() if config.order == "one_pass"}
 
 
+@pytest.mark.parametrize("blocks", ["together", "one by one"])
 @pytest.mark.parametrize("name", ONE_PASS)
-def test_a_layer_equals_the_oracle(name: str, engine: engine_module.FlashInferEngine) -> None:
+def test_a_layer_equals_the_oracle(
+    name: str, blocks: str, engine: engine_module.FlashInferEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "one by one":
+        monkeypatch.setattr(sparse_attention, "QUERIES_A_CALL", 1)
     assert error(engine, ONE_PASS[name], num_layers=2) < TOLERANCE
 
 
@@ -115,7 +121,7 @@ def test_plans_are_made_once_a_prompt_and_wrappers_once_at_all(engine: engine_mo
     for num_prompts in (1, 2):
         assert error(engine, CONFIGS["few blocks"], num_layers=3) < TOLERANCE
         plans = [wrapper.flashinfer.num_plans for wrapper in engine._wrappers.values()]
-        assert plans == [num_prompts] * 3  # own blocks, the question twice; blocks before need none
+        assert plans == [num_prompts] * 4  # own blocks, the question twice, what was handed on
 
 
 @pytest.mark.parametrize(

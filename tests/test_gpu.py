@@ -25,11 +25,12 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-# Pieces of a call, and how many rows of q and k it has: the three kinds of calls that a prompt makes.
+# Pieces of a call, and how many rows of q and k it has: the kinds of calls that a prompt makes.
 CALLS = {
     "blocks that follow each other": [
         Piece(n, Span(s, s + n), causal=True) for s, n in ((7, 130), (137, 301), (438, 1))
     ],
+    "blocks that share keys": [Piece(n, Span(0, keys)) for n, keys in ((130, 200), (301, 300), (64, 517))],
     "many queries, all keys": [Piece(9000, Span(0, 517))],
     "few queries, all keys": [Piece(60, Span(0, 517))],
 }

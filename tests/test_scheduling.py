@@ -48,7 +48,7 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
     )
     monkeypatch.setattr(scheduling, "backend_of", lambda runner: backend)
     scheduler = SimpleNamespace(
-        server_args=SimpleNamespace(plugin_options=SimpleNamespace(config_text=config)),
+        server_args=SimpleNamespace(device="cpu", plugin_options=SimpleNamespace(config_text=config, sp_size=1)),
         tp_worker=SimpleNamespace(model_runner=None),
         max_total_num_tokens=1000,
         page_size=page_size,

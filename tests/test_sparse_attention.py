@@ -17,6 +17,7 @@ from sglang_apb import selection
 from sglang_apb.attention import sdpa
 from sglang_apb.attention.base import Piece
 from sglang_apb.attention.sdpa import SdpaEngine
+from sglang_apb.backends import sparse_attention
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
@@ -117,6 +118,33 @@ def test_one_rank_equals_the_oracle(name: str) -> None:
 def test_any_grouping_of_heads_equals_the_oracle(num_q_heads: int, num_kv_heads: int) -> None:
     config = CONFIGS["few blocks"]
     assert error_on_one_rank(config, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads) < TOLERANCE
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (60, 10**6), (10**6, 40)], ids=["alone", "some", "few keys"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_attended_in_any_groups_equal_the_oracle(
+    name: str, queries: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_attention, "QUERIES_A_CALL", queries)
+    monkeypatch.setattr(sparse_attention, "KEYS_A_CALL", keys)
+    assert error_on_one_rank(CONFIGS[name]) < TOLERANCE
+
+
+def _last_layer_error(group: Any, num_ranks: int) -> float:
+    """Distance of the question's rows, attended alone, from those of the whole layer."""
+    layout = layout_of(CONFIGS["few blocks"], num_ranks)
+    sequence = random_sequence(layout)
+    attention = SparseAttention(layout, RankGroup(group), SdpaEngine(), selection.create("query"), "cpu")
+    index = local_rows(layout, RankGroup(group).rank)
+    layer = LayerRows(sequence.q[index], sequence.k[index], sequence.v[index], SCALE)
+    meanwhile: list[str] = []
+    found = attention.attend_last(layer, lambda: meanwhile.append("called"))
+    assert meanwhile == ["called"]
+    return float((found - attention.attend(layer)[-QUESTION:]).abs().max())
+
+
+def test_the_last_layer_needs_the_questions_rows_alone() -> None:
+    assert max([_last_layer_error(None, 1), *run_ranks(2, _last_layer_error, 2)]) < TOLERANCE
 
 
 def errors_on_rank(group: Any, num_ranks: int, device: str = "cpu") -> dict[str, float]:

@@ -68,6 +68,5 @@ class AttentionEngine(ABC):
     def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
         """One Attention for each call's pieces, for one prompt: the plans of the prompt before end here.
 
-        A call's pieces are causal ones whose keys follow each other, as their queries do, or it is one piece that
-        is not causal.
+        A call's pieces are causal ones whose keys follow each other, as their queries do, or none of them is causal.
         """

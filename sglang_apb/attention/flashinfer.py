@@ -1,8 +1,9 @@
 """Attention with FlashInfer's prefill kernels: FlashAttention-3 on Hopper, FlashAttention-2 elsewhere.
 
-Three of its ways, each where it is the fastest (docs/performance.md):
+Its ways, each where it is the fastest (docs/performance.md):
 
     causal pieces            all in one call, planned once a prompt        BatchPrefillWithRaggedKVCacheWrapper
+    several pieces           the same, over a copy of each piece's keys
     one piece, many queries  contiguous keys, nothing to plan              single_prefill_with_kv_cache
     one piece, few queries   keys in parts, to give every multiprocessor   the first again, and a merge
                              something to do
@@ -64,6 +65,12 @@ class FlashInferEngine(AttentionEngine):
             lengths = [len(piece.keys) for piece in pieces]
             wrapper.plan_pieces(lengths, lengths, True, q, k, scale)
             return _Causal(wrapper, slice(pieces[0].keys.start, pieces[-1].keys.end))
+        if len(pieces) > 1:
+            wrapper = self._wrapper(index, q.device)
+            lengths = [len(piece.keys) for piece in pieces]
+            wrapper.plan_pieces([piece.num_queries for piece in pieces], lengths, False, q, k, scale)
+            numbers = [torch.arange(piece.keys.start, piece.keys.end, device=q.device) for piece in pieces]
+            return _Copied(wrapper, torch.cat(numbers))
         (piece,) = pieces
         num_parts = _num_parts(piece, q.shape[1], num_multiprocessors(q.device))
         if num_parts == 1:
@@ -137,6 +144,21 @@ class _Causal:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
     ) -> Partial:
         return self.wrapper.run(q, k[self.keys], v[self.keys], out)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """Pieces that may share keys, of which `keys` are the numbers, piece after piece: copying them costs less than
+    reading them page by page, and one call less of the host's time than many.
+    """
+
+    wrapper: _Wrapper
+    keys: torch.Tensor
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> Partial:
+        return self.wrapper.run(q, k.index_select(0, self.keys), v.index_select(0, self.keys), out)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ class ApbBackend(PrefillBackend):
         cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
         rows = sparse.rows
         if self._config.order == "one_pass":
-            hidden = self._run(forward_batch, _OnePass(sparse, cache), rows.tokens, rows.positions)
+            last_layer = self._runner.model_config.num_hidden_layers - 1
+            hidden = self._run(forward_batch, _OnePass(sparse, cache, last_layer), rows.tokens, rows.positions)
         else:
             self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
             hidden = self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
@@ -118,7 +119,7 @@ class ApbBackend(PrefillBackend):
     def _run(
         self, forward_batch: Any, attention: _LayerAttention, tokens: Iterable[Span], positions: Iterable[Span]
     ) -> torch.Tensor:
-        """Hidden states of the rows, [num_rows, hidden_size]."""
+        """Hidden states of the rows, of the last of them at least, [num_rows, hidden_size]."""
         device = forward_batch.input_ids.device
         with forward_context(ForwardContext(attn_backend=attention)):  # type: ignore[arg-type]
             return self._runner.model.model(
@@ -224,7 +225,9 @@ class _LayerAttention:
         save_kv_cache: bool = True,
         **_: Any,
     ) -> torch.Tensor:
-        """q [num_rows, num_q_heads * head_dim] -> attention of the same shape; k, v as SGLang's layers give them."""
+        """q [num_rows, num_q_heads * head_dim] -> attention of the same shape, in the last layer perhaps of fewer rows;
+        k, v as SGLang's layers give them.
+        """
         rows = LayerRows(
             q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
             k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
@@ -232,7 +235,7 @@ class _LayerAttention:
             layer.scaling,
         )
         with record_function(f"sparse attention, layer {layer.layer_id}"):  # what `bench trace` finds its way by
-            return self._attend(layer, rows).reshape(q.shape)
+            return self._attend(layer, rows).reshape(-1, q.shape[1])
 
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
         raise NotImplementedError
@@ -259,9 +262,14 @@ class _LayerAttention:
 
 
 class _OnePass(_LayerAttention):
+    def __init__(self, sparse: SparseAttention, cache: _KvCache, last_layer: int) -> None:
+        super().__init__(sparse, cache)
+        self._last_layer = last_layer
+
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
         start = (self._cache.start_context, self._cache.start_question)
-        return self._keeping(self._sparse.attend, start, layer, rows)
+        attend = self._sparse.attend_last if layer.layer_id == self._last_layer else self._sparse.attend
+        return self._keeping(attend, start, layer, rows)
 
 
 class _ContextPass(_LayerAttention):

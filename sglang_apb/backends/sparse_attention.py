@@ -49,6 +49,28 @@ class LayerRows:
         return LayerRows(self.q[start:end], self.k[start:end], self.v[start:end], self.scale)
 
 
+# Blocks are attended together, up to this: queries that keep a GPU busy, and their keys, of which each block has a
+# copy then (attention/flashinfer.py). More would only take memory.
+QUERIES_A_CALL = 8192
+KEYS_A_CALL = 65536
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Own blocks that follow each other in a rank's rows, and the keys handed on that each of them sees."""
+
+    rows: Span
+    pieces: tuple[Piece, ...]
+
+    def with_block(self, rows: Span, num_keys: int) -> _Group | None:
+        """With another block behind; None when that is too much for one call."""
+        together = Span(self.rows.start, rows.end)
+        all_keys = num_keys + sum(len(piece.keys) for piece in self.pieces)
+        if rows.start != self.rows.end or len(together) > QUERIES_A_CALL or all_keys > KEYS_A_CALL:
+            return None
+        return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))))
+
+
 def _nothing() -> None:
     """What is left to do when nothing was started."""
 
@@ -78,16 +100,14 @@ class SparseAttention:
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
         self._candidates = self._own_candidates(device)
         self._passing_order = self._order_of_passing(device)
-        self._seeing = [
-            (rows, keys) for block, rows in self.rows.blocks.items() if (keys := layout.num_shared_keys(block))
-        ]
+        self._seeing = self._groups()
         question = len(layout.question)
         self._own, self._question, self._question_itself, *self._before = engine.plan(
             [
                 self._own_pieces(),
                 [Piece(question, Span(0, len(self.rows.context)))],
                 [Piece(question, Span(0, question), causal=True)],
-                *([Piece(len(rows), Span(0, keys))] for rows, keys in self._seeing),
+                *(group.pieces for group in self._seeing),
             ]
         )
 
@@ -95,6 +115,19 @@ class SparseAttention:
         """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
         spans = [self.rows.anchor] if self.layout.recomputed else []
         return [Piece(len(span), span, causal=True) for span in (*spans, *self.rows.blocks.values())]
+
+    def _groups(self) -> list[_Group]:
+        """Own blocks that see something of what is handed on, in row order."""
+        groups: list[_Group] = []
+        for block, rows in self.rows.blocks.items():
+            if not (num_keys := self.layout.num_shared_keys(block)):
+                continue
+            larger = groups[-1].with_block(rows, num_keys) if groups else None
+            if larger is None:
+                groups.append(_Group(rows, (Piece(len(rows), Span(0, num_keys)),)))
+            else:
+                groups[-1] = larger
+        return groups
 
     def _own_candidates(self, device: torch.device | str) -> Candidates:
         spans, counts = [], []
@@ -134,6 +167,17 @@ class SparseAttention:
         out[question.start :] = answer()
         return out
 
+    def attend_last(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
+        """Of the last layer, in one pass: the question's rows alone, [num_question_tokens, num_q_heads, head_dim].
+
+        Only the prompt's last row is read after it. Of the others their K and V are needed, and no attention, so
+        nothing is handed on.
+        """
+        context = self.rows.context
+        answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
+        meanwhile()
+        return answer()
+
     def attend_context(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
@@ -156,9 +200,9 @@ class SparseAttention:
         return self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
 
     def _add_shared(self, layer: LayerRows, shared: torch.Tensor, out: torch.Tensor, own_lse: torch.Tensor) -> None:
-        """Adds to each block, in `out`, what it sees of `shared`. One at a time: less is kept until it is merged."""
-        for (span, _), attend in zip(self._seeing, self._before, strict=True):
-            rows = slice(span.start, span.end)
+        """Adds to each block, in `out`, what it sees of `shared`."""
+        for group, attend in zip(self._seeing, self._before, strict=True):
+            rows = slice(group.rows.start, group.rows.end)
             before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
             self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
 

@@ -30,6 +30,8 @@ EXPECTED = "twenty dollars"
 _ANSWER_TOKENS = 24
 _TIMEOUT_S = 1800.0
 _CLOCK_INTERVAL_S = 10.0
+# The document is shorter than what is worth it on one GPU.
+_CONFIG = '{"min_tokens": 2048}'
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,14 @@ def run(args: argparse.Namespace) -> int:
     sp_size = default_sp_size()
     where = f"{num_gpus()} GPU(s)" if num_gpus() else "the CPU"
     _say(f"starting prefill on {sp_size} rank(s), decode and router on {where}; logs in {log_dir.absolute()}")
-    with LocalCluster(model_name, port=args.port, log_dir=log_dir, sp_size=sp_size, report=_say) as cluster:
+    with LocalCluster(
+        model_name,
+        port=args.port,
+        log_dir=log_dir,
+        sp_size=sp_size,
+        prefill_arguments=["--prefill-backend-config", _CONFIG],
+        report=_say,
+    ) as cluster:
         cluster.wait_ready()
         document = DOCUMENT.read_text()
         print(f"\nDocument: {document.splitlines()[0]}\nQuestion: {QUESTION}", flush=True)

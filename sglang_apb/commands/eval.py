@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needles.add_argument("--port", type=int, default=30100, help="of the servers started here; the next 3 are used too")
     needles.add_argument("--log-dir", type=Path, help="of the servers started here; a temporary folder if left out")
     needles.add_argument("--sp-size", type=int, default=1, help="ranks of the APB server started here")
-    needles.add_argument("--prefill-backend-config", help="of the APB server started here")
+    needles.add_argument(
+        "--prefill-backend-config",
+        default='{"min_tokens": 0}',
+        help="of the APB server started here; the defaults, for prompts of any length, if left out",
+    )
     needles.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for both servers started here")
 
 
@@ -115,8 +119,7 @@ def _servers(args: argparse.Namespace) -> Generator[tuple[str, str]]:
         yield "apb", args.url
         return
     method = ["--prefill-backend", "apb", "--sp-size", str(args.sp_size)]
-    if args.prefill_backend_config:
-        method += ["--prefill-backend-config", args.prefill_backend_config]
+    method += ["--prefill-backend-config", args.prefill_backend_config]
     with _log_dir(args.log_dir) as log_dir:
         # Ports of their own: those of a server that has just ended may still be closing.
         for port, name, arguments in ((args.port, "exact", []), (args.port + 2, "apb", method)):

@@ -100,20 +100,34 @@ class DecoderShape:
 
 def exact_flop(shape: DecoderShape, num_tokens: int) -> int:
     """Floating-point operations of a prompt's prefill with exact causal attention, up to its first token."""
-    return _flop(shape, num_tokens, num_tokens * (num_tokens + 1) // 2)
+    pairs = num_tokens * (num_tokens + 1) // 2
+    return shape.num_layers * _layer_flop(shape, num_tokens, num_tokens, pairs) + _output_flop(shape)
 
 
-def apb_flop(shape: DecoderShape, layout: Layout) -> int:
-    """The same with APB, over all ranks: rows that several ranks compute (the question's) count for each."""
+def apb_flop(shape: DecoderShape, layout: Layout, *, one_pass: bool = True) -> int:
+    """The same with APB, over all ranks: rows that several ranks compute (the question's) count for each.
+
+    In one pass, the last layer has attention and what follows it for the question only (patches/last_layer.py).
+    """
     rows = sum(num_rows(layout.rows_of(rank).tokens) for rank in range(layout.num_ranks))
-    return _flop(shape, rows, layout.attention_pairs)
+    layer = _layer_flop(shape, rows, rows, layout.attention_pairs)
+    last = layer
+    if one_pass:
+        question, context = len(layout.question), layout.context_end
+        pairs = question * context + question * (question + 1) // 2
+        last = _layer_flop(shape, rows, layout.num_ranks * question, pairs)
+    return (shape.num_layers - 1) * layer + last + _output_flop(shape)
 
 
-def _flop(shape: DecoderShape, rows: int, pairs: int) -> int:
-    """Linear layers for `rows`, QK and PV for `pairs` of a query and a key, the output layer for the last row."""
-    q_and_o = 2 * shape.hidden * shape.num_heads * shape.head_dim
+def _layer_flop(shape: DecoderShape, rows: int, attended_rows: int, pairs: int) -> int:
+    """Q, K and V of `rows`, the other linear layers of `attended_rows`, QK and PV for `pairs` of a query and a key."""
+    q_or_o = shape.hidden * shape.num_heads * shape.head_dim
     k_and_v = 2 * shape.hidden * shape.num_kv_heads * shape.head_dim
     mlp = 3 * shape.hidden * shape.intermediate
-    linear = 2 * rows * (q_and_o + k_and_v + mlp)
-    attention = 4 * pairs * shape.num_heads * shape.head_dim
-    return shape.num_layers * (linear + attention) + 2 * shape.hidden * shape.vocab
+    linear = 2 * rows * (q_or_o + k_and_v) + 2 * attended_rows * (q_or_o + mlp)
+    return linear + 4 * pairs * shape.num_heads * shape.head_dim
+
+
+def _output_flop(shape: DecoderShape) -> int:
+    """The output layer, for the last row."""
+    return 2 * shape.hidden * shape.vocab

@@ -267,7 +267,8 @@ def _work(shape: DecoderShape | None, config: ApbConfig, gpus: int) -> Callable[
         if shape is None:
             return None
         if timing.prefill.get("method") == APB:
-            return apb_flop(shape, layout.plan(timing.length, config, num_ranks=gpus))
+            plan = layout.plan(timing.length, config, num_ranks=gpus)
+            return apb_flop(shape, plan, one_pass=config.order == "one_pass")
         return exact_flop(shape, timing.length)
 
     return flop
