@@ -80,38 +80,45 @@ class HostPages:
 
 
 class CudaPages:
-    """Pages in GPU memory, moved through pinned host memory on a stream of its own.
+    """Pages in GPU memory, moved through pinned host memory on a stream of its own, each way in one kernel.
 
     KV must be final when `gather` is called: SGLang sends after it has waited for the batch's results.
     """
 
     def __init__(self, buffers: Sequence[torch.Tensor], item_lens: Sequence[int]):
+        from sglang_apb.kernels.pages import PageBuffers
+
+        rows = [buffer.view(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
         self.item_lens = tuple(item_lens)
-        self._rows = [buffer.view(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
-        self.num_pages = min(len(rows) for rows in self._rows)
+        self.num_pages = min(len(row) for row in rows)
+        self._pool = PageBuffers.of(rows)
         self._device = buffers[0].device
         self._stream = torch.cuda.Stream(self._device)
+        first_page = np.zeros(1, np.int64)
+        for buffer in range(len(rows)):  # Triton compiles now, and no request waits for it
+            self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
-        rows = self._rows[first_buffer : first_buffer + num_buffers]
-        total = len(ids) * sum(row.shape[1] for row in rows)
-        staged = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+        from sglang_apb.kernels.pages import gather_pages_triton
+
+        pool = self._pool.part(first_buffer, num_buffers)
+        staged = torch.empty(len(ids) * sum(pool.item_lens), dtype=torch.uint8, pin_memory=True)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            index = torch.from_numpy(ids).to(self._device)
-            for source, target in _split(staged, rows, len(ids)):
-                target.copy_(source.index_select(0, index), non_blocking=True)
+            gathered = torch.empty_like(staged, device=self._device)
+            gather_pages_triton(pool, torch.from_numpy(ids).to(self._device), gathered)
+            staged.copy_(gathered, non_blocking=True)
         self._stream.synchronize()
         return staged.numpy()
 
     def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
-        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        from sglang_apb.kernels.pages import scatter_pages_triton
+
         staged = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
         staged.numpy()[:] = np.frombuffer(payload, np.uint8)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            index = torch.from_numpy(ids).to(self._device)
             arrived = staged.to(self._device, non_blocking=True)
-            for target, source in _split(arrived, rows, len(ids)):
-                target.index_copy_(0, index, source)
+            pool = self._pool.part(first_buffer, num_buffers)
+            scatter_pages_triton(pool, torch.from_numpy(ids).to(self._device), arrived)
         self._stream.synchronize()
 
 
