@@ -7,7 +7,7 @@
 #   pytest    tests marked gpu                            kernels   each call of a layer
 #   layer     a layer by parts, beside exact attention    ttft      servers, plain and APB, 8K to 128K, with traces
 #   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
-#   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation
+#   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation, and a CPU's answers
 #
 # GPUS is 1 if not set. BACKENDS: of plain SGLang, as for `bench ttft`.
 set -uo pipefail
@@ -40,9 +40,10 @@ run_long() {
     -- --attention-backend flashinfer
 }
 run_answers() {
-  local ways=plain,apb-1,pd-1
-  [ "$gpus" -gt 1 ] && ways=plain,apb-1,apb-2,pd-1,pd-2
-  step answers 560 python3 benchmarks/gpu_check.py "$MODEL" "$out/answers" --ways "$ways"
+  local ways=plain,apb-1,default-1,pd-1
+  [ "$gpus" -gt 1 ] && ways=plain,apb-1,apb-2,default-1,default-2,pd-1,pd-2
+  step answers 560 python3 benchmarks/gpu_check.py "$MODEL" "$out/answers" --ways "$ways" \
+    --record "$out/answers.json" --against benchmarks/results/answers-cpu.json -- --attention-backend flashinfer
 }
 
 for name in ${@:-pytest kernels layer ttft answers}; do

@@ -105,7 +105,7 @@ def huge_message(rng: random.Random, room: int, attempt: int) -> Parts:
     kind = rng.choice((Kind.ASK, Kind.ANNOUNCE, Kind.END, Kind.STOP))
     body = rng.choice((b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 100_000))
     lens = [1] * 8192
-    asks = Ask(msgspec.structs.replace(COMPAT, kv_item_lens=lens, aux_item_lens=lens), 2**26, 2**26)
+    asks = Ask(msgspec.structs.replace(COMPAT, kv_head_lens=lens, aux_item_lens=lens), 2**26, 2**26, (0, 2**16))
     ranges = Announce([(2 * page, 2 * page + 1) for page in range(wire.MAX_RANGES)])
     return rng.choice(
         (wire.pack(kind, room, attempt, body), wire.pack_message(rng.choice((asks, ranges)), room, attempt))

@@ -60,6 +60,20 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
 SPARSE = '{"num_blocks": 4, "min_tokens": 16}'
 
 
+@pytest.mark.parametrize(
+    ("config", "device", "num_ranks", "shortest"),
+    [
+        ("{}", "cpu", 1, 2048),
+        ("{}", "cuda", 2, 2048),
+        ("{}", "cuda", 1, 12288),
+        ('{"min_tokens": 0}', "cuda", 1, 0),
+        ('{"min_tokens": 5000}', "cpu", 2, 5000),
+    ],
+)
+def test_what_is_too_short_to_run_sparse(config: str, device: str, num_ranks: int, shortest: int) -> None:
+    assert parse(config).shortest_sparse(device, num_ranks) == shortest
+
+
 def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
     assert req.sparse_wish is not None and req.kept_tokens is None and req.skip_radix_cache_insert

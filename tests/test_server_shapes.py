@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
-from conftest import FLOAT32, next_port, running, server
+from conftest import FLOAT32, cluster, next_port, running, server, thorough
 
 from sglang_apb.commands import servers
 from sglang_apb.commands.processes import ProcessGroup
@@ -42,7 +42,7 @@ def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: in
             arguments += ["--disaggregation-bootstrap-port", str(port + 2)]
             arguments += ["--prefill-backend", "apb", "--prefill-backend-config", ALL_PASSED]
         ports |= used
-        groups.append(servers._server(name, str(model), used, arguments, log_dir / f"{role}-{number}.log"))
+        groups.append(servers.server_group(name, str(model), used, arguments, log_dir / f"{role}-{number}.log"))
         command += [f"--{role}", f"http://{servers.HOST}:{port}", *([str(port + 2)] if role == "prefill" else [])]
     groups.append(ProcessGroup("router", command, log_dir / "router.log"))
     return LocalService(groups, f"http://{servers.HOST}:{router}", ports)
@@ -65,6 +65,38 @@ def test_several_servers_on_either_side_answer_alike(model: Path, log_dirs: Iter
     for role in ("prefill", "decode"):
         asked = [num_asked(log_dir / f"{role}-{number}.log") for number in range(2)]
         assert all(asked), f"{role} servers were asked {asked} times: the router chose one only"
+
+
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=thorough)])
+def test_each_of_three_decode_ranks_gets_its_heads(num_ranks: int, model: Path, log_dirs: Iterator[Path]) -> None:
+    """SmolLM2 has 3 KV heads. A sparse prompt, and one on SGLang's path, whose chunks are sent one by one."""
+    asked = prompts(model, (300, 1000))
+    with running(server(model, next(log_dirs), "--tp", "3")) as url:
+        plain = [generate(url, prompt) for prompt in asked]
+    config = ("--prefill-backend-config", ALL_PASSED, "--chunked-prefill-size", "128")
+    service = cluster(model, next(log_dirs), num_ranks, *config, decode_arguments=("--tp", "3"))
+    with running(service) as url:
+        exact, sparse = (generate(url, prompt) for prompt in asked)
+    assert_ran_sparse(sparse, num_ranks)
+    assert_same_tokens(exact, plain[0])
+    assert_same_tokens(sparse, plain[1])
+
+
+def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: Iterator[Path]) -> None:
+    """Our transfer alone, from tensor-parallel ranks that hold one head each."""
+    (prompt,) = prompts(model, (300,))
+    with running(server(model, next(log_dirs), "--tp", "3")) as url:
+        plain = generate(url, prompt)
+    service = LocalCluster(
+        str(model),
+        port=next_port(),
+        log_dir=next(log_dirs),
+        prefill_backend=None,
+        arguments=FLOAT32,
+        prefill_arguments=["--tp", "3"],
+    )
+    with running(service) as url:
+        assert_same_tokens(generate(url, prompt), plain)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs Mooncake: see docs/transfer.md")

@@ -21,7 +21,7 @@ def _send(assembly: Assembly, rank: int, block: Block) -> None:
 
 
 def _assembly(*ranges: list[tuple[int, int]], num_pages: int = 10) -> Assembly:
-    assembly = Assembly(ITEM_LENS, num_pages, len(ranges))
+    assembly = Assembly(ITEM_LENS, num_pages, [0] * len(ranges))
     for rank, owned in enumerate(ranges):
         assembly.announce(rank, Announce(owned))
     return assembly
@@ -74,7 +74,7 @@ def test_a_block_outside_the_announced_pages_is_refused() -> None:
     for rank, block in ((0, Block(0, 1, 3, 2)), (0, Block(0, 1, 3, 4)), (1, Block(0, 1, 0, 1))):
         with pytest.raises(WireError, match="outside the pages it announced"):
             assembly.check_block(rank, block)
-    unannounced = Assembly(ITEM_LENS, 10, 1)
+    unannounced = Assembly(ITEM_LENS, 10, [0])
     with pytest.raises(WireError, match="outside the pages it announced"):
         unannounced.check_block(0, Block(0, 1, 0, 1))
 
@@ -117,8 +117,8 @@ def test_clip_and_shift() -> None:
         ("model_hash", "other", "same --model-path"),
         ("kv_dtype", "bfloat16", "float32.*bfloat16.*--kv-cache-dtype"),
         ("page_size", 16, "page size 1, the decode server 16.*--page-size"),
-        ("attn_tp_size", 2, "tp size 1, the decode server 2"),
-        ("kv_item_lens", [1], "768 bytes in 6 buffers.*1 bytes in 1 buffers"),
+        ("num_kv_heads", 2, "KV heads 1, the decode server 2"),
+        ("kv_head_lens", [1], "768 bytes in 6 buffers.*1 bytes in 1 buffers"),
         ("aux_item_lens", [7], "256 bytes.*7"),
     ],
 )

@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transfer_peers import AUX_LENS, COMPAT, ITEM_LENS, Cluster, asked, cluster, make_pages, received, rows, wait_for
+from transfer_peers import (
+    AUX_LENS,
+    COMPAT,
+    HEADS,
+    ITEM_LENS,
+    Cluster,
+    asked,
+    cluster,
+    make_pages,
+    received,
+    rows,
+    wait_for,
+)
 
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
@@ -34,7 +46,7 @@ def never() -> bool:
 
 def decode_server(pipe: Connection, port: int, stage: str) -> None:
     """Expects room 1, or asks for it."""
-    receiver = ReceivingEndpoint(make_pages(None), make_pages(None, AUX_LENS, 8), COMPAT)
+    receiver = ReceivingEndpoint(make_pages(None), make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
     receiver.start()
     if stage == "expected":
         receiver.expect(1, [("127.0.0.1", port)], print)
@@ -47,7 +59,7 @@ def decode_server(pipe: Connection, port: int, stage: str) -> None:
 def prefill_server(pipe: Connection) -> None:
     """Serves room 1: announces and sends its first layer when it is asked; goes on with the others when told to."""
     sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT)
+    sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
     room = sender.open(1)
     pipe.send(sender.port)
     while not asked(room):
@@ -133,9 +145,9 @@ def test_a_decode_server_that_dies_is_noticed(stage: str, fault: signal.Signals)
 def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> None:
     with cluster() as peers, child(decode_server, peers.senders[0].port, "expected") as (process, pipe):
         assert pipe.poll(30) and pipe.recv() == "there"
-        assert wait_for(lambda: 1 in peers.senders[0]._early)
+        assert wait_for(lambda: (1, 0) in peers.senders[0]._early)
         strike(process, signal.SIGKILL)
-        assert wait_for(lambda: peers.senders[0]._early[1].reason != "", PROMISE_S)
+        assert wait_for(lambda: peers.senders[0]._early[1, 0].reason != "", PROMISE_S)
         room = peers.senders[0].open(1)
         assert wait_for(lambda: room.state is SendState.FAILED, 1)
 

@@ -16,6 +16,7 @@ from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 from transfer_peers import (
     AUX_LENS,
     COMPAT,
+    HEADS,
     Cluster,
     asked,
     cluster,
@@ -88,8 +89,8 @@ def test_the_largest_block_fits_encrypted(folder: Path) -> None:
     source, target = (make_pages(seed, (BLOCK_BYTES, 64), 2) for seed in (1, None))
     aux = make_pages(2, AUX_LENS, 8)
     sender = SendingEndpoint("127.0.0.1", keys=keys_of(folder, "prefill"))
-    receiver = ReceivingEndpoint(target, aux, COMPAT, keys_of(folder, "decode"))
-    sender.start_sending(source, aux, COMPAT)
+    receiver = ReceivingEndpoint(target, aux, COMPAT, HEADS, keys_of(folder, "decode"))
+    sender.start_sending(source, aux, COMPAT, HEADS)
     receiver.start()
     try:
         decode = receiver.open(1, [("127.0.0.1", sender.port, keys_of(folder, "prefill").public)], np.arange(2), 0)
@@ -158,7 +159,7 @@ def test_a_raw_socket_without_keys_is_not_heard(folder: Path) -> None:
         hostile = context.socket(zmq.DEALER)
         hostile.connect(f"tcp://127.0.0.1:{peers.senders[0].port}")
         for _ in range(100):
-            hostile.send_multipart(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
+            hostile.send_multipart(wire.pack_message(Ask(COMPAT, 8, 0, (0, 1)), 1, 7))
             hostile.send_multipart(wire.pack(Kind.EXPECT, 1, 0))
         check_works(peers, 2)
         assert room.state is SendState.UNASKED and not room.identity

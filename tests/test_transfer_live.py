@@ -13,6 +13,7 @@ from hostile import FakeDecode, FakePrefill, honest_frames
 from transfer_peers import (
     AUX_LENS,
     COMPAT,
+    HEADS,
     ITEM_LENS,
     Cluster,
     asked,
@@ -179,8 +180,8 @@ def test_a_block_larger_than_one_message() -> None:
     item_lens = (4096, 2048)
     source, target = make_pages(1, item_lens, 2000), make_pages(None, item_lens, 2000)
     aux = make_pages(2, AUX_LENS, 8)
-    sender, receiver = SendingEndpoint("127.0.0.1"), ReceivingEndpoint(target, aux, COMPAT)
-    sender.start_sending(source, aux, COMPAT)
+    sender, receiver = SendingEndpoint("127.0.0.1"), ReceivingEndpoint(target, aux, COMPAT, HEADS)
+    sender.start_sending(source, aux, COMPAT, HEADS)
     receiver.start()
     try:
         decode = receiver.open(1, [("127.0.0.1", sender.port)], np.arange(2000), 0)
@@ -273,7 +274,7 @@ def test_closing_on_decode_before_prefill_knows_the_request() -> None:
 def test_a_late_stop_does_not_hit_the_next_request_of_its_room() -> None:
     with cluster() as peers, FakeDecode(peers) as stranger:
         late_stop = wire.pack_message(Stop("Too late."), 1, 7)
-        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
+        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0, (0, 1)), 1, 7))
         first = peers.senders[0].open(1)
         assert asked(first)
         peers.senders[0].close(first)
@@ -349,7 +350,7 @@ def test_a_dead_prefill_rank_fails_its_requests_only() -> None:
 def test_a_dead_decode_server_fails_its_requests_only() -> None:
     with cluster() as peers, FakeDecode(peers) as stranger:
         lost, kept = peers.senders[0].open(1), peers.senders[0].open(2)
-        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0), 1, 7))
+        stranger.send(wire.pack_message(Ask(COMPAT, 8, 0, (0, 1)), 1, 7))
         decode = peers.ask(2, np.arange(8))
         assert asked(lost) and asked(kept)
         stranger.socket.close(linger=0)

@@ -14,7 +14,7 @@ from sglang_apb.transfer.wire import Announce, Ask, Block, End, Kind, Stop, Wire
 
 NUM_PAGES = 40
 MESSAGES = [
-    Ask(COMPAT, 12, 64),
+    Ask(COMPAT, 12, 64, (2, 4), 3),
     Announce([(0, 3), (7, 12)]),
     End(123456, 1234, {"method": "apb", "ranks": 2}),
     Stop("The pages are gone."),
@@ -23,8 +23,8 @@ MESSAGES = [
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_message_round_trip(message: wire.Message) -> None:
-    frame = wire.parse(wire.pack_message(message, 2**63 + 5, 77))
-    assert (frame.room, frame.attempt) == (2**63 + 5, 77)
+    frame = wire.parse(wire.pack_message(message, 2**63 + 5, 77, 9))
+    assert (frame.room, frame.attempt, frame.asker) == (2**63 + 5, 77, 9)
     assert wire.parse_message(frame, type(message)) == message
 
 

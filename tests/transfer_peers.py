@@ -23,13 +23,14 @@ ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
 NUM_LAYERS = 3
 AUX_LENS = (64, 128, 64)
 NUM_POOL_PAGES = 500
+HEADS = range(1)
 COMPAT = Compat(
     model="Toy",
     model_hash="toy",
     kv_dtype="float32",
     page_size=1,
-    attn_tp_size=1,
-    kv_item_lens=list(ITEM_LENS),
+    num_kv_heads=1,
+    kv_head_lens=list(ITEM_LENS),
     aux_item_lens=list(AUX_LENS),
 )
 
@@ -72,10 +73,10 @@ def cluster(
     auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
     senders = [SendingEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
     pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
-    receiver = ReceivingEndpoint(pool, aux, compat, decode_keys)
+    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys)
     receiver.start()
     for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
-        sender.start_sending(rank_pool, rank_aux, COMPAT)
+        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS)
     try:
         yield Cluster(senders, pools, auxes, receiver, pool, aux)
     finally:

@@ -66,7 +66,7 @@ class _Group:
         """With another block behind; None when that is too much for one call."""
         together = Span(self.rows.start, rows.end)
         all_keys = num_keys + sum(len(piece.keys) for piece in self.pieces)
-        if rows.start != self.rows.end or len(together) > QUERIES_A_CALL or all_keys > KEYS_A_CALL:
+        if len(together) > QUERIES_A_CALL or all_keys > KEYS_A_CALL:
             return None
         return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))))
 
@@ -117,7 +117,7 @@ class SparseAttention:
         return [Piece(len(span), span, causal=True) for span in (*spans, *self.rows.blocks.values())]
 
     def _groups(self) -> list[_Group]:
-        """Own blocks that see something of what is handed on, in row order."""
+        """Own blocks that see something of what is handed on, in row order; only the prompt's first may not."""
         groups: list[_Group] = []
         for block, rows in self.rows.blocks.items():
             if not (num_keys := self.layout.num_shared_keys(block)):

@@ -126,7 +126,7 @@ class LocalServer(LocalService):
         report: Report | None = None,
     ):
         ports = {"server": port, "server's ranks": port + 1}
-        group = _server("server", model, ports, arguments, log_dir / "server.log")
+        group = server_group("server", model, ports, arguments, log_dir / "server.log")
         super().__init__([group], f"http://{HOST}:{port}", ports, report)
 
 
@@ -162,8 +162,8 @@ class LocalCluster(LocalService):
         prefill += [*self._placement.prefill, *arguments, *prefill_arguments]
         decode += [*self._placement.decode, *arguments, *decode_arguments]
         groups = [
-            _server("prefill server", model, ports, prefill, log_dir / "prefill.log"),
-            _server("decode server", model, ports, decode, log_dir / "decode.log"),
+            server_group("prefill server", model, ports, prefill, log_dir / "prefill.log"),
+            server_group("decode server", model, ports, decode, log_dir / "decode.log"),
             ProcessGroup("router", _router_command(ports), log_dir / "router.log"),
         ]
         self._prefill_url = f"http://{HOST}:{ports['prefill server']}"
@@ -258,7 +258,10 @@ def _cluster_ports(port: int) -> dict[str, int]:
     return {purpose: port + index for index, purpose in enumerate(purposes)}
 
 
-def _server(name: str, model: str, ports: dict[str, int], arguments: Sequence[str], log_path: Path) -> ProcessGroup:
+def server_group(
+    name: str, model: str, ports: dict[str, int], arguments: Sequence[str], log_path: Path
+) -> ProcessGroup:
+    """One `sglang.launch_server`; `ports` has its own and its ranks."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
     command += ["--port", str(ports[name]), "--nccl-port", str(ports[f"{name}'s ranks"])]
     return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)

@@ -16,20 +16,26 @@ class TransferError(RuntimeError):
 
 
 class Assembly:
-    """Counts a request's KV in (buffer, page) cells: complete is every cell once, every rank's end, and aux.
+    """Counts a request's KV in (part, buffer, page) cells: complete is every cell once, every rank's end, and aux.
+
+    Each rank brings one of the equal parts of a page's heads, `part_of_rank`; item_lens are bytes of such a part of a
+    page in each buffer. The ranks of one part share the pages out.
 
     `rank` is the index of the peer that a frame came from, never a number that the peer claims. Frames that
     contradict what their rank announced raise WireError (the frame is dropped); what can never be repaired
     raises TransferError (the request fails).
     """
 
-    def __init__(self, item_lens: Sequence[int], num_pages: int, num_ranks: int):
+    def __init__(self, item_lens: Sequence[int], num_pages: int, part_of_rank: Sequence[int]):
+        num_ranks = len(part_of_rank)
         self.num_pages = num_pages
         self.num_bytes = self.num_hidden_bytes = 0
         self.info: dict[str, int | str] = {}
-        self.aux: Buffer | None = None
+        self.aux: Buffer | None = None  # tensor-parallel ranks all have the same: the first one that comes
+        self._aux_rank: int | None = None
         self._item_lens = np.asarray(item_lens, np.int64)
-        self._arrived = np.zeros((len(item_lens), num_pages), bool)
+        self._part_of_rank = tuple(part_of_rank)
+        self._arrived = np.zeros((max(part_of_rank, default=0) + 1, len(item_lens), num_pages), bool)
         self._ranges: list[tuple[PageRange, ...] | None] = [None] * num_ranks
         self._bytes_of_rank = [0] * num_ranks
         self._ends: dict[int, End] = {}
@@ -47,28 +53,27 @@ class Assembly:
         except ValueError as error:
             raise TransferError(f"Prefill rank {rank} announced wrong pages. {error}") from error
         if all(ranges is not None for ranges in self._ranges):
-            wrong = ownership.find_partition_error([ranges or () for ranges in self._ranges], self.num_pages)
-            if wrong:
-                raise TransferError(f"The prefill ranks do not share the prompt out exactly: {wrong}.")
+            self._check_partitions()
 
     def check_block(self, rank: int, block: Block) -> None:
         """Raises WireError unless the block is new and inside what the rank announced."""
         window = (block.first_page, block.first_page + block.num_pages)
         if ownership.count(ownership.clip(self._ranges[rank] or (), window)) != block.num_pages:
             raise WireError(f"rank {rank} sent {block}, outside the pages it announced")
-        if self._cells(block).any():
+        if self._cells(rank, block).any():
             raise WireError(f"rank {rank} sent {block}, of which a part had arrived before")
 
     def add_block(self, rank: int, block: Block, num_bytes: int) -> None:
         """Counts a block that `check_block` let through and that is written."""
-        self._cells(block)[:] = True
+        self._cells(rank, block)[:] = True
         self._bytes_of_rank[rank] += num_bytes
         self.num_bytes += num_bytes
 
     def add_aux(self, rank: int, payload: Buffer) -> None:
-        if self.aux is not None:
+        if self._aux_rank is None:
+            self._aux_rank, self.aux = rank, payload
+        elif self._part_of_rank[rank] == self._part_of_rank[self._aux_rank]:
             raise WireError(f"rank {rank} sent the first-token record again")
-        self.aux = payload
 
     def end(self, rank: int, message: End) -> None:
         """Raises TransferError when the rank ends although bytes of it are missing, or no rank sent aux."""
@@ -82,14 +87,26 @@ class Assembly:
             self.num_hidden_bytes = sum(end.num_hidden_bytes for end in self._ends.values())
             self.info = self._merge_info()
 
-    def _cells(self, block: Block) -> np.ndarray:
+    def _check_partitions(self) -> None:
+        for part in range(len(self._arrived)):
+            ranges = [
+                ranges or ()
+                for ranges, part_of_rank in zip(self._ranges, self._part_of_rank, strict=True)
+                if part_of_rank == part
+            ]
+            wrong = ownership.find_partition_error(ranges, self.num_pages)
+            if wrong:
+                raise TransferError(f"The prefill ranks do not share the prompt out exactly: {wrong}.")
+
+    def _cells(self, rank: int, block: Block) -> np.ndarray:
         return self._arrived[
+            self._part_of_rank[rank],
             block.first_buffer : block.first_buffer + block.num_buffers,
             block.first_page : block.first_page + block.num_pages,
         ]
 
     def _check_bytes(self, rank: int, message: End) -> None:
-        missing = sum(int(self._missing(window)) for window in self._ranges[rank] or ())
+        missing = sum(int(self._missing(rank, window)) for window in self._ranges[rank] or ())
         received = self._bytes_of_rank[rank]
         if missing or received != message.num_bytes:
             raise TransferError(
@@ -97,8 +114,8 @@ class Assembly:
                 f"({received} arrived intact, it sent {message.num_bytes})."
             )
 
-    def _missing(self, window: PageRange) -> np.int64:
-        missing_pages = (~self._arrived[:, window[0] : window[1]]).sum(axis=1)
+    def _missing(self, rank: int, window: PageRange) -> np.int64:
+        missing_pages = (~self._arrived[self._part_of_rank[rank], :, window[0] : window[1]]).sum(axis=1)
         return missing_pages @ self._item_lens
 
     def _merge_info(self) -> dict[str, int | str]:

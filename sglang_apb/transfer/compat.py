@@ -11,7 +11,12 @@ import msgspec
 from msgspec import Meta
 
 # Of one model's configuration, what two servers that run it may well have different.
-_NOT_THE_MODEL = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"})
+_NOT_THE_MODEL = frozenset(
+    {
+        *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"),
+        *("original_num_attention_heads", "original_total_num_kv_heads"),  # SGLang's own notes, on CPUs
+    }
+)
 
 _ItemLens = Annotated[list[Annotated[int, Meta(ge=1, le=1 << 31)]], Meta(max_length=8192)]
 _Text = Annotated[str, Meta(max_length=256)]
@@ -19,14 +24,14 @@ _Size = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
 class Compat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One server's side. `kv_item_lens` and `aux_item_lens`: bytes of one page or row in each buffer."""
+    """One server's side. `kv_head_lens`: bytes of one page and head in each buffer; `aux_item_lens`: of one row."""
 
     model: _Text
     model_hash: _Text
     kv_dtype: _Text
     page_size: _Size
-    attn_tp_size: _Size
-    kv_item_lens: _ItemLens
+    num_kv_heads: _Size
+    kv_head_lens: _ItemLens
     aux_item_lens: _ItemLens
 
 
@@ -52,15 +57,15 @@ def find_difference(prefill: Compat, decode: Compat) -> str | None:
     options = (
         ("KV cache dtype", prefill.kv_dtype, decode.kv_dtype, "--kv-cache-dtype (and --dtype)"),
         ("page size", prefill.page_size, decode.page_size, "--page-size"),
-        ("attention tp size", prefill.attn_tp_size, decode.attn_tp_size, "attention tensor parallel size"),
+        ("KV heads", prefill.num_kv_heads, decode.num_kv_heads, "--model-path"),
     )
     for name, ours, theirs, option in options:
         if ours != theirs:
             return f"The prefill server has {name} {ours}, the decode server {theirs}: give both the same {option}."
-    if prefill.kv_item_lens != decode.kv_item_lens:
+    if prefill.kv_head_lens != decode.kv_head_lens:
         return (
-            f"A page has {sum(prefill.kv_item_lens)} bytes in {len(prefill.kv_item_lens)} buffers on the "
-            f"prefill server and {sum(decode.kv_item_lens)} bytes in {len(decode.kv_item_lens)} buffers on "
+            f"A head's page has {sum(prefill.kv_head_lens)} bytes in {len(prefill.kv_head_lens)} buffers on the "
+            f"prefill server and {sum(decode.kv_head_lens)} bytes in {len(decode.kv_head_lens)} buffers on "
             f"the decode server: start both with the same model, dtype and speculative decoding options."
         )
     if prefill.aux_item_lens != decode.aux_item_lens:

@@ -162,7 +162,7 @@ def _refuse_network(ranks: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def _rank(bootstrap_addr: str, dp_rank: int, cp_rank: int, tp_rank: int, key: str) -> dict[str, Any]:
     query = zip(ALL_RANKS, (dp_rank, cp_rank, tp_rank, 0), strict=True)
     answer, _ = _get(bootstrap_addr, {name: str(rank) for name, rank in query}, RankAnswer)
-    return {**msgspec.structs.asdict(answer), "is_dummy": False, "key": key}
+    return {**msgspec.structs.asdict(answer), "is_dummy": False, "key": key, "tp_rank": tp_rank}
 
 
 def _get(bootstrap_addr: str, query: dict[str, str], kind: type[Any]) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
 from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
+from sglang_apb.transfer.heads import Shares, heads_of
 from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -76,14 +77,15 @@ class ZmqKVManager(CommonKVManager):
                 f"{type(pool).__name__} (with speculative decoding, a second pool): use mooncake or nixl."
             )
         self.num_layers = len(k_buffers)
+        self._set_heads(model_config, num_in_pool=k_buffers[0].shape[1])
         pages = open_pool(in_layers(k_buffers, v_buffers), self._in_layers(args.kv_data_lens), self._item_lens())
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
-            self.sending.start_sending(pages, aux, compat)
+            self.sending.start_sending(pages, aux, compat, self._heads)
         else:
             self.receiving = ReceivingEndpoint(
-                pages, aux, compat, self._keys, with_metrics=self.server_args.enable_metrics
+                pages, aux, compat, self._heads, self._keys, with_metrics=self.server_args.enable_metrics
             )
             self.receiving.start()
             self._start_heartbeat_checker_thread()
@@ -114,6 +116,24 @@ class ZmqKVManager(CommonKVManager):
         super()._handle_node_failure(failed_bootstrap_addr)
         self.forget_prefill(failed_bootstrap_addr)
 
+    def shares(self, prefill: Any, tp_ranks: Sequence[int]) -> Shares:
+        """What this decode rank gets from ranks `tp_ranks` of a prefill server, of which SGLang has the layout.
+
+        Raises ValueError when its heads cannot be put together from theirs.
+        """
+        size = self.attn_tp_size
+        return Shares.between(self.kv_args.engine_rank % size, size, tp_ranks, prefill.attn_tp_size, self._num_kv_heads)
+
+    def _set_heads(self, model_config: Any, num_in_pool: int) -> None:
+        self._num_kv_heads = model_config.get_total_num_kv_heads()
+        self._heads = heads_of(self.kv_args.engine_rank % self.attn_tp_size, self.attn_tp_size, self._num_kv_heads)
+        if num_in_pool != len(self._heads):
+            raise ValueError(
+                f"--disaggregation-transfer-backend {BACKEND} expects {len(self._heads)} of the model's "
+                f"{self._num_kv_heads} KV heads on each of {self.attn_tp_size} attention ranks, not {num_in_pool}: "
+                "use a tensor parallel size that divides the number of KV heads."
+            )
+
     def _in_layers(self, of_buffers: Sequence[int]) -> list[int]:
         half = len(of_buffers) // 2
         return in_layers([int(value) for value in of_buffers[:half]], [int(value) for value in of_buffers[half:]])
@@ -130,8 +150,8 @@ class ZmqKVManager(CommonKVManager):
             model_hash=digest,
             kv_dtype=str(args.kv_cache_dtype_str),
             page_size=args.page_size,
-            attn_tp_size=self.attn_tp_size,
-            kv_item_lens=self._item_lens(),
+            num_kv_heads=self._num_kv_heads,
+            kv_head_lens=[size // len(self._heads) for size in self._item_lens()],
             aux_item_lens=[int(size) for size in args.aux_item_lens],
         )
 

@@ -38,13 +38,15 @@ class Parcel:
 
 @dataclass(eq=False)
 class SendRoom:
-    """One request's transfer. State changes happen in the loop's thread; any thread may read them.
+    """One request's transfer to one decode rank, the `asker`. State changes happen in the loop's thread; any thread may
+    read them.
 
-    `closed` is set by the owner before the request's pages are freed: a block that is still being gathered
-    then is not sent any more.
+    `closed` is set by the owner before the request's pages are freed: a block that is still being gathered then is not
+    sent any more.
     """
 
     room: int
+    asker: int = 0
     state: SendState = SendState.UNASKED
     reason: str = ""
     ask: Ask | None = None
@@ -57,6 +59,10 @@ class SendRoom:
     finished: float = 0.0
     outbox: deque[Parcel] = field(default_factory=deque)
     unsent: list[Buffer] | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.room, self.asker
 
     @property
     def seconds(self) -> float:

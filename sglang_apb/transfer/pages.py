@@ -47,6 +47,7 @@ class HostPages:
 
     def __init__(self, buffers: Sequence[Bytes], item_lens: Sequence[int]):
         self.item_lens = tuple(item_lens)
+        self.buffers = [torch.from_numpy(buffer) for buffer in buffers]
         self._rows = [buffer.reshape(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
         self.num_pages = min(len(rows) for rows in self._rows)
         self._spare: deque[Bytes] = deque()
@@ -89,6 +90,7 @@ class CudaPages:
         from sglang_apb.kernels.pages import PageBuffers
 
         rows = [buffer.view(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
+        self.buffers = list(buffers)
         self.item_lens = tuple(item_lens)
         self.num_pages = min(len(row) for row in rows)
         self._pool = PageBuffers.of(rows)
@@ -122,7 +124,7 @@ class CudaPages:
         self._stream.synchronize()
 
 
-def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> Pages:
+def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages | CudaPages:
     """The pages of a KV pool: `buffers` contiguous tensors, of which the first `lens` bytes hold pages."""
     flat = [buffer.view(-1).view(torch.uint8)[:size] for buffer, size in zip(buffers, lens, strict=True)]
     if flat[0].device.type == "cuda":

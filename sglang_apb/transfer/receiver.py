@@ -10,6 +10,7 @@ import numpy.typing as npt
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
 
+from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.manager import ZmqKVManager
 from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState
 
@@ -25,6 +26,7 @@ class ZmqKVReceiver(CommonKVReceiver):
     def __init__(self, mgr: ZmqKVManager, bootstrap_addr: str, bootstrap_room: int):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self._room: ReceiveRoom | None = None
+        self._shares: Shares | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -48,7 +50,13 @@ class ZmqKVReceiver(CommonKVReceiver):
             return
         super().init(prefill_dp_rank)
         if self.conclude_state is None and self.bootstrap_infos:
-            self.kv_mgr.receiving.expect(self.bootstrap_room, self._ranks(), self._lose_ranks)
+            try:
+                self._shares = self.kv_mgr.shares(self.prefill_info, [info["tp_rank"] for info in self.bootstrap_infos])
+            except ValueError as error:
+                self._fail(str(error))
+                return
+            asker = self._shares.asker
+            self.kv_mgr.receiving.expect(self.bootstrap_room, self._ranks(), self._lose_ranks, asker)
 
     def send_metadata(
         self,
@@ -68,6 +76,7 @@ class ZmqKVReceiver(CommonKVReceiver):
                 kv_indices.astype(np.int64),
                 aux_index,
                 decode_prefix_len or 0,
+                self._shares,
             )
         except ValueError as error:
             self._fail(str(error))
@@ -131,7 +140,8 @@ class ZmqKVReceiver(CommonKVReceiver):
         """Called by SGLang on abort and on timeout."""
         reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "The request was aborted.")
         if self._room is None:
-            self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason)
+            asker = self._shares.asker if self._shares else 0
+            self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason, asker=asker)
         else:
             self._close(reason)
 

@@ -19,10 +19,11 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
-from sglang_apb.transfer.pages import PageIds, Pages, largest_payload
+from sglang_apb.transfer.pages import CudaPages, HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
 
 @dataclass(eq=False)
 class ReceiveRoom:
-    """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets.
+    """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets, and
+    `sources[i]` the heads of them that rank i brings.
 
     `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
     """
@@ -72,6 +74,8 @@ class ReceiveRoom:
     pages: PageIds
     aux_index: int
     assembly: Assembly
+    sources: tuple[Pages, ...]
+    asker: int = 0
     state: ReceiveState = ReceiveState.RECEIVING
     reason: str = ""
     closed: bool = False
@@ -103,17 +107,26 @@ class _Peer:
 
 class ReceivingEndpoint(SocketLoop):
     def __init__(
-        self, pages: Pages, aux: Pages, compat: Compat, keys: Keys | None = None, *, with_metrics: bool = False
+        self,
+        pages: HostPages | CudaPages,
+        aux: Pages,
+        compat: Compat,
+        heads: range,
+        keys: Keys | None = None,
+        *,
+        with_metrics: bool = False,
     ):
+        """`pages` hold the model's KV `heads`."""
         super().__init__("kv-receiving", keys)
         self._observer = Observer("decode", with_metrics)
-        self._pages, self._aux, self._compat = pages, aux, compat
+        self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
+        self._parts = PagesByHeads(pages, heads, compat.page_size)
         self._peers: dict[Address, _Peer] = {}
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
         self._expected: dict[int, _Expected] = {}
 
-    def expect(self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[str], None]) -> None:
+    def expect(self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[str], None], asker: int = 0) -> None:
         """Tells the ranks that they will be asked for a room, and watches them until it is opened.
 
         When one of them is gone, or gives the room up, `on_lost` is called with the reason, in this endpoint's thread.
@@ -121,33 +134,44 @@ class ReceivingEndpoint(SocketLoop):
         ranks = _addresses(ranks)
         with self._lock:
             self._expected[room] = _Expected(ranks, on_lost)
-        self.call(partial(self._send_all, ranks, wire.pack(Kind.EXPECT, room, 0)))
+        self.call(partial(self._send_all, ranks, wire.pack(Kind.EXPECT, room, 0, asker=asker)))
 
     def expect_no_more(self, room: int) -> None:
         with self._lock:
             self._expected.pop(room, None)
 
     def open(
-        self, room: int, ranks: Sequence[Sequence[Any]], pages: PageIds, aux_index: int, prefix_tokens: int = 0
+        self,
+        room: int,
+        ranks: Sequence[Sequence[Any]],
+        pages: PageIds,
+        aux_index: int,
+        prefix_tokens: int = 0,
+        shares: Shares | None = None,
     ) -> ReceiveRoom:
         """Asks every prefill rank for its part of `pages`; the first-token record goes to row `aux_index`.
 
-        Raises ValueError when the room is open already, a page is not in the pool, or a rank's key is not allowed.
+        Without `shares` each rank has all of this rank's heads, and no other decode rank asks it for them. Raises
+        ValueError when the room is open already, a page is not in the pool, or a rank's key is not allowed.
         """
         ranks = _addresses(ranks)
         if self.keys is not None and (strange := next((a for a in ranks if not self.keys.peers.allows(a.key)), None)):
             raise ValueError(f"The key of prefill rank {strange} is not among this server's peers.")
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self._pages.num_pages:
             raise ValueError(f"Pages {pages.min()} to {pages.max()} leave [0, {self._pages.num_pages}).")
-        assembly = Assembly(self._pages.item_lens, len(pages), len(ranks))
-        opened = ReceiveRoom(room, secrets.randbits(63) | 1, ranks, pages, aux_index, assembly)
+        shares = shares or Shares(self._heads, (self._heads,) * len(ranks))
+        sources = tuple(self._parts.of(part) for part in shares.of_ranks)
+        assembly = Assembly(sources[0].item_lens if sources else (), len(pages), shares.part_of_rank)
+        attempt = secrets.randbits(63) | 1
+        opened = ReceiveRoom(room, attempt, ranks, pages, aux_index, assembly, sources, shares.asker)
         with self._lock:
             if room in self._rooms:
                 raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
             self._rooms[room] = opened
             self._expected.pop(room, None)
-        ask = Ask(self._compat, len(pages), prefix_tokens)
-        self.call(partial(self._send_all, ranks, wire.pack_message(ask, room, opened.attempt)))
+        heads = (self._heads.start, self._heads.stop)
+        ask = Ask(self._compat, len(pages), prefix_tokens, heads, shares.num_askers)
+        self.call(partial(self._send_all, ranks, wire.pack_message(ask, room, attempt, shares.asker)))
         return opened
 
     def close(self, room: ReceiveRoom, reason: str = "") -> None:
@@ -162,11 +186,11 @@ class ReceivingEndpoint(SocketLoop):
         if room.state is ReceiveState.RECEIVING:
             self._observer.failed(room.room, Cause.GIVEN_UP, told)
         if room.state is not ReceiveState.COMPLETE:
-            self.refuse(room.room, room.ranks, told, room.attempt)
+            self.refuse(room.room, room.ranks, told, room.attempt, room.asker)
 
-    def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0) -> None:
+    def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0, asker: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
-        frame = wire.pack_message(Stop(reason[:2000]), room, attempt)
+        frame = wire.pack_message(Stop(reason[:2000]), room, attempt, asker)
         self.expect_no_more(room)
         self.call(partial(self._send_all, _addresses(ranks), frame))
 
@@ -261,7 +285,7 @@ class ReceivingEndpoint(SocketLoop):
                 self._fail(room, str(error), Cause.PEER if frame.kind is Kind.STOP else Cause.INCOMPLETE)
                 return
         if room.state is ReceiveState.COMPLETE:
-            self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt))
+            self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt, asker=room.asker))
 
     def _take(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         assembly = room.assembly
@@ -282,11 +306,12 @@ class ReceivingEndpoint(SocketLoop):
 
     def _write(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         room.started = room.started or time.monotonic()
-        block = wire.parse_block(frame, self._pages.item_lens, len(room.pages))
+        source = room.sources[rank]
+        block = wire.parse_block(frame, source.item_lens, len(room.pages))
         room.assembly.check_block(rank, block)
         ids = room.pages[block.first_page : block.first_page + block.num_pages]
         payload = frame.payload or b""
-        self._pages.scatter(block.first_buffer, block.num_buffers, ids, payload)
+        source.scatter(block.first_buffer, block.num_buffers, ids, payload)
         room.assembly.add_block(rank, block, len(payload))
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +14,10 @@ from sglang.srt.disaggregation.common.conn import CommonKVSender, KVTransferErro
 from sglang.srt.disaggregation.utils import _get_cp_rank_page_bounds
 
 from sglang_apb.transfer import ownership
+from sglang_apb.transfer.fan_out import FanOut
 from sglang_apb.transfer.manager import ZmqKVManager
 from sglang_apb.transfer.observer import Cause
-from sglang_apb.transfer.outbox import IsFinal, SendRoom, SendState, always
+from sglang_apb.transfer.outbox import IsFinal, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
 from sglang_apb.transfer.wire import check_info
@@ -54,22 +54,17 @@ class ZmqKVSender(CommonKVSender):
         self._announced = False
         self._streamed: set[int] = set()
         self._last_send = 0.0
-        try:
-            self._room: SendRoom = mgr.sending.open(bootstrap_room)
-        except ValueError as error:
-            self._room = SendRoom(bootstrap_room, SendState.FAILED, str(error))
-        # SGLang drops a sender without a word when a client aborts a request that waits for its batch.
-        weakref.finalize(self, mgr.sending.close, self._room).atexit = False
+        self._transfers = FanOut(mgr.sending, bootstrap_room)
 
     @property
     def num_bytes(self) -> int:
         """KV bytes that this rank has sent."""
-        return self._room.num_bytes
+        return self._transfers.num_bytes
 
     @property
     def seconds(self) -> float:
         """From the first `send` to the decode server's "done"; 0 before that."""
-        return self._room.seconds
+        return self._transfers.seconds
 
     def set_owned_pages(self, ranges: Sequence[PageRange]) -> None:
         """Says that this rank holds page ranges [start, end) of the request; before its first `send`.
@@ -95,7 +90,7 @@ class ZmqKVSender(CommonKVSender):
 
     def pop_decode_prefix_len(self) -> int:
         """Tokens that the decode server has in its cache already: whole pages, which are not sent."""
-        prefix_tokens = self._room.ask.prefix_tokens if self._room.ask else 0
+        prefix_tokens = next((ask.prefix_tokens for ask in self._transfers.asks), 0)
         self._prefix_pages = prefix_tokens // self.kv_mgr.kv_args.page_size
         return prefix_tokens
 
@@ -110,7 +105,7 @@ class ZmqKVSender(CommonKVSender):
             return
         for pages in self._announce():
             ids = partial(_part, page_ids, pages)
-            self.kv_mgr.sending.send_pages(self._room, pages, ids, [layer], is_final)
+            self._transfers.send_pages(pages, ids, [layer], is_final)
         self._streamed.add(layer)
 
     def send(
@@ -126,14 +121,14 @@ class ZmqKVSender(CommonKVSender):
         if self._streamed and len(kv_indices) != self.num_kv_indices:
             self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
             return
-        endpoint, is_final = self.kv_mgr.sending, self._take_is_final()
+        is_final = self._take_is_final()
         layers = [layer for layer in range(self.kv_mgr.num_layers) if layer not in self._streamed]
         for start, end in ownership.clip(self._announce(), (first, self.curr_idx)):
             ids = kv_indices[start - first : end - first].astype(np.int64)
-            endpoint.send_pages(self._room, (start, end), partial(_same, ids), layers, is_final)
+            self._transfers.send_pages((start, end), partial(_same, ids), layers, is_final)
         if self.curr_idx == self.num_kv_indices:
             aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 else None
-            endpoint.finish(self._room, aux_index, self._info)
+            self._transfers.finish(aux_index, self._info)
         self._last_send = time.time()
 
     def poll(self) -> int:
@@ -141,7 +136,8 @@ class ZmqKVSender(CommonKVSender):
             return self.conclude_state
         if self.kv_mgr.request_status.get(self.bootstrap_room) == KVPoll.Failed:
             return KVPoll.Failed
-        status = _POLL[self._room.state]
+        self._transfers.wait_for_others()
+        status = _POLL[self._transfers.state]
         if status == KVPoll.Bootstrapping and (self._was_left_alone() or self._check_bootstrap_timeout() is not None):
             return KVPoll.Failed
         if status == KVPoll.WaitingForInput and self._announced:
@@ -152,7 +148,7 @@ class ZmqKVSender(CommonKVSender):
 
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
-        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._room.reason
+        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._transfers.reason
         self._close(reason or "The request failed on another prefill rank.")
         self.clear()
         raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
@@ -169,7 +165,7 @@ class ZmqKVSender(CommonKVSender):
         return KVTransferMetric(transfer_latency_s=self.seconds, transfer_total_bytes=self.num_bytes)
 
     def _can_send(self) -> bool:
-        return self._room.is_sending and self._check_num_pages()
+        return self._transfers.is_sending and self._check_num_pages()
 
     def _announce(self) -> list[PageRange]:
         """The pages that this rank sends; the decode server hears of them first."""
@@ -177,7 +173,7 @@ class ZmqKVSender(CommonKVSender):
         if not self._announced:
             self._announced = True
             self._last_send = time.time()
-            self.kv_mgr.sending.announce(self._room, owned)
+            self._transfers.announce(owned)
         return owned
 
     def _owned_of_sent(self) -> list[PageRange]:
@@ -188,8 +184,12 @@ class ZmqKVSender(CommonKVSender):
         return ownership.clip(ownership.shift(self._owned, -self._prefix_pages), (0, self.num_kv_indices))
 
     def _check_num_pages(self) -> bool:
-        asked = self._room.ask.num_pages if self._room.ask else self.num_kv_indices
-        if asked == self.num_kv_indices:
+        asks = self._transfers.asks
+        asked = next((ask.num_pages for ask in asks if ask.num_pages != self.num_kv_indices), None)
+        if len({ask.prefix_tokens for ask in asks}) > 1:
+            self._fail("The decode server's ranks have different parts of the prompt in their caches.")
+            return False
+        if asked is None:
             return True
         self._fail(
             f"The prompt has {self.num_kv_indices} pages to send on the prefill server, the decode server "
@@ -200,7 +200,7 @@ class ZmqKVSender(CommonKVSender):
     def _was_left_alone(self) -> bool:
         """A decode server speaks of a request as soon as its scheduler sees it, long before it has memory for it."""
         seconds = self.kv_mgr.contact_seconds
-        if self._room.identity or time.time() - self.init_time < seconds:
+        if self._transfers.has_contact or time.time() - self.init_time < seconds:
             return False
         self._fail(
             f"No decode server has spoken of the request for {seconds:g} s: is it running and not stuck?", Cause.TIMEOUT
@@ -223,7 +223,7 @@ class ZmqKVSender(CommonKVSender):
         self._close(reason, cause)
 
     def _close(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
-        self.kv_mgr.sending.close(self._room, reason, cause)
+        self._transfers.close(reason, cause)
 
     def _take_is_final(self) -> IsFinal:
         """SGLang sends a cached prefix before the batch that may be writing it has ended, with this event."""

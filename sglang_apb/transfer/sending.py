@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -16,12 +17,13 @@ import zmq
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
+from sglang_apb.transfer.heads import PagesByHeads, overlap
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender_key
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import PageIdsLater, Pages, layer_buffers, plan_blocks
+from sglang_apb.transfer.pages import CudaPages, HostPages, PageIdsLater, Pages, layer_buffers, plan_blocks
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ MAX_EARLY_ASKS = 1 << 13
 MAX_FRAMES_A_TURN = 64
 MAX_PEERS = 4096
 _PING = wire.pack(Kind.PING, 0, 0)
+
+Key: TypeAlias = tuple[int, int]  # room, asker
 
 
 @dataclass(frozen=True)
@@ -72,27 +76,30 @@ class SendingEndpoint(SocketLoop):
             keys.listen(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         self._lock = threading.Lock()
-        self._rooms: dict[int, SendRoom] = {}
-        self._early: dict[int, _Early] = {}
-        self._given_up: dict[int, _Early] = {}
+        self._rooms: dict[Key, SendRoom] = {}
+        self._early: dict[Key, _Early] = {}
+        self._given_up: dict[Key, _Early] = {}
         self._early_ask_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
         self._num_waiting = 0
         self._next_probe = 0.0
 
-    def start_sending(self, pages: Pages, aux: Pages, compat: Compat) -> None:
-        self._pages, self._aux, self._compat = pages, aux, compat
+    def start_sending(self, pages: HostPages | CudaPages, aux: Pages, compat: Compat, heads: range) -> None:
+        """`pages` hold the model's KV `heads`."""
+        self._aux, self._compat, self._heads = aux, compat, heads
+        self._parts = PagesByHeads(pages, heads, compat.page_size)
         self.watch(self._socket, self._receive_all)
         self.start()
 
-    def open(self, room: int) -> SendRoom:
+    def open(self, room: int, asker: int = 0) -> SendRoom:
         """Raises ValueError when the room is open already."""
+        key = room, asker
         with self._lock:
-            if room in self._rooms:
+            if key in self._rooms:
                 raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
-            opened = self._rooms[room] = SendRoom(room)
-            early = self._early.pop(room, None)
-            self._given_up.pop(room, None)
+            opened = self._rooms[key] = SendRoom(room, asker)
+            early = self._early.pop(key, None)
+            self._given_up.pop(key, None)
         if early is not None:
             self.call(partial(self._apply, opened, early, was_early=True))
         return opened
@@ -123,8 +130,8 @@ class SendingEndpoint(SocketLoop):
             if room.closed:
                 return
             room.closed = True
-            if self._rooms.get(room.room) is room:
-                del self._rooms[room.room]
+            if self._rooms.get(room.key) is room:
+                del self._rooms[room.key]
         self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
 
     def work(self) -> int | None:
@@ -162,10 +169,10 @@ class SendingEndpoint(SocketLoop):
         self._peers.discard(identity)
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
-            for room_id, early in self._early.items():
+            for key, early in self._early.items():
                 if early.identity == identity:
-                    gone = Frame(Kind.STOP, room_id, 0)
-                    self._early[room_id] = _Early(b"", gone, None, reason, early.expires)
+                    gone = Frame(Kind.STOP, key[0], 0, asker=key[1])
+                    self._early[key] = _Early(b"", gone, None, reason, early.expires)
         for room in rooms:
             self._fail(room, reason, Cause.LOST)
 
@@ -209,21 +216,26 @@ class SendingEndpoint(SocketLoop):
     def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, layer: int) -> Frames:
         first_page, end_page = pages
         ids_of_pages = ids()
-        for block in plan_blocks(self._pages.item_lens, layer_buffers(layer), first_page, end_page - first_page):
+        pool = self._part_for(room)
+        for block in plan_blocks(pool.item_lens, layer_buffers(layer), first_page, end_page - first_page):
             start = block.first_page - first_page
             ids_of_block = ids_of_pages[start : start + block.num_pages]
-            payload = self._pages.gather(block.first_buffer, block.num_buffers, ids_of_block)
+            payload = pool.gather(block.first_buffer, block.num_buffers, ids_of_block)
             room.num_bytes += payload.nbytes
-            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), payload.data)
+            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), payload.data, room.asker)
+
+    def _part_for(self, room: SendRoom) -> Pages:
+        """This rank's pages, or only those heads of them that the decode rank's pages have."""
+        return self._parts.of(overlap(self._heads, range(*room.ask.heads) if room.ask else self._heads))
 
     def _tail(self, room: SendRoom, aux_index: int | None, info: dict[str, int | str]) -> Frames:
         if aux_index is not None:
             row = self._aux.gather(0, len(self._aux.item_lens), np.array([aux_index], np.int64))
-            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data)
+            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data, room.asker)
         yield self._message(room, End(room.num_bytes, room.num_hidden_bytes, info))
 
     def _message(self, room: SendRoom, message: wire.Message) -> list[Buffer]:
-        return wire.pack_message(message, room.room, room.attempt)
+        return wire.pack_message(message, room.room, room.attempt, room.asker)
 
     def _receive_all(self) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -232,7 +244,7 @@ class SendingEndpoint(SocketLoop):
             envelope, *parts = buffers(message)
             identity = bytes(envelope)
             if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
-                self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_room_of(parts)))
+                self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_place_of(parts)))
                 continue
             try:
                 self._dispatch(identity, wire.parse(parts))
@@ -243,42 +255,52 @@ class SendingEndpoint(SocketLoop):
                     f"The decode server speaks wire version {error.version}, the prefill server "
                     f"{wire.VERSION}: install the same version of sglang-apb on both."
                 )
-                self._settle(error.frame.room, self._early_of(identity, error.frame, reason))
+                self._settle(self._early_of(identity, error.frame, reason))
             except WireError as error:
                 self._observer.refused_frame("a decode server", error)
 
     def _dispatch(self, identity: bytes, frame: Frame) -> None:
         if frame.kind is Kind.ASK:
             ask = wire.parse_message(frame, Ask)
-            reason = find_difference(self._compat, ask.compat) or ""
+            reason = find_difference(self._compat, ask.compat) or self._find_no_heads(ask)
             # What is kept must be small, whatever was sent: not the frame's body, nor lists that do not fit.
             kept = None if reason else msgspec.structs.replace(ask, compat=self._compat)
-            self._settle(frame.room, self._early_of(identity, frame, reason, kept))
+            self._settle(self._early_of(identity, frame, reason, kept))
         elif frame.kind is Kind.EXPECT:
-            self._settle(frame.room, self._early_of(identity, frame))
+            self._settle(self._early_of(identity, frame))
         elif frame.kind is Kind.STOP:
-            self._settle(frame.room, self._early_of(identity, frame, wire.parse_message(frame, Stop).reason))
+            self._settle(self._early_of(identity, frame, wire.parse_message(frame, Stop).reason))
         elif frame.kind is Kind.DONE:
             self._complete(identity, frame)
         else:
             raise WireError(f"{frame.kind.name} is not for a prefill server")
 
-    def _settle(self, room_id: int, early: _Early) -> None:
+    def _find_no_heads(self, ask: Ask) -> str:
+        if overlap(self._heads, range(*ask.heads)):
+            return ""
+        return (
+            f"A decode rank asked for KV heads [{ask.heads[0]}, {ask.heads[1]}) of a prefill rank that has "
+            f"[{self._heads.start}, {self._heads.stop})."
+        )
+
+    def _settle(self, early: _Early) -> None:
         """Applies what a decode server says now, or keeps it until the room is opened here."""
+        key = early.frame.key
         with self._lock:
-            room = self._rooms.get(room_id)
-            given_up = self._given_up.get(room_id)
-            if room is None and given_up is None and self._is_news(room_id, early):
-                _keep(self._early, room_id, early)
+            room = self._rooms.get(key)
+            given_up = self._given_up.get(key)
+            if room is None and given_up is None and self._is_news(early):
+                _keep(self._early, key, early)
         reason = early.reason or (given_up.reason if given_up else "")
         if room is not None:
             self._apply(room, early)
         elif reason and early.frame.kind in (Kind.ASK, Kind.EXPECT):
-            self._reply(early.identity, wire.pack_message(Stop(reason), room_id, early.frame.attempt))
+            frame = early.frame
+            self._reply(early.identity, wire.pack_message(Stop(reason), frame.room, frame.attempt, frame.asker))
 
-    def _is_news(self, room_id: int, early: _Early) -> bool:
+    def _is_news(self, early: _Early) -> bool:
         """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
-        frame, before = early.frame, self._early.get(room_id)
+        frame, before = early.frame, self._early.get(early.frame.key)
         if frame.kind is Kind.EXPECT:
             return before is None
         return frame.kind is Kind.ASK or frame.attempt == 0 or _same_ask(before, early)
@@ -305,7 +327,7 @@ class SendingEndpoint(SocketLoop):
 
     def _complete(self, identity: bytes, frame: Frame) -> None:
         with self._lock:
-            room = self._rooms.get(frame.room)
+            room = self._rooms.get(frame.key)
         if room is None or (room.identity, room.attempt) != (identity, frame.attempt):
             return
         if room.state is SendState.ASKED:
@@ -320,14 +342,14 @@ class SendingEndpoint(SocketLoop):
             if room.identity:
                 self._reply(room.identity, self._message(room, Stop(reason[:2000])))
         if room.state in (SendState.UNASKED, SendState.FAILED):
-            self._give_up(room.room, room.reason or reason)
+            self._give_up(room, room.reason or reason)
 
-    def _give_up(self, room: int, reason: str) -> None:
+    def _give_up(self, room: SendRoom, reason: str) -> None:
         """Who asks for a room that is gone, perhaps over a new connection, is told why."""
-        given_up = self._early_of(b"", Frame(Kind.STOP, room, 0), reason)
+        given_up = self._early_of(b"", Frame(Kind.STOP, room.room, 0, asker=room.asker), reason)
         with self._lock:
-            if room not in self._rooms:
-                _keep(self._given_up, room, given_up)
+            if room.key not in self._rooms:
+                _keep(self._given_up, room.key, given_up)
 
     def _fail(self, room: SendRoom, reason: str, cause: Cause) -> None:
         if room.state in (SendState.ASKED, SendState.UNASKED):
@@ -344,23 +366,24 @@ class SendingEndpoint(SocketLoop):
 
     def _early_of(self, identity: bytes, frame: Frame, reason: str = "", ask: Ask | None = None) -> _Early:
         expires = time.monotonic() + self._early_ask_seconds
-        return _Early(identity, Frame(frame.kind, frame.room, frame.attempt), ask, reason[:2000], expires)
+        kept = Frame(frame.kind, frame.room, frame.attempt, asker=frame.asker)
+        return _Early(identity, kept, ask, reason[:2000], expires)
 
 
-def _room_of(parts: Sequence[Buffer]) -> tuple[int, int]:
-    """Room and attempt of what may be a frame."""
+def _place_of(parts: Sequence[Buffer]) -> tuple[int, int, int]:
+    """Room, attempt and asker of what may be a frame."""
     try:
         frame = wire.parse(parts)
     except WireError:
-        return 0, 0
-    return frame.room, frame.attempt
+        return 0, 0, 0
+    return frame.room, frame.attempt, frame.asker
 
 
 def _same_ask(before: _Early | None, early: _Early) -> bool:
     return before is not None and (before.identity, before.frame.attempt) == (early.identity, early.frame.attempt)
 
 
-def _keep(table: dict[int, _Early], room: int, early: _Early) -> None:
+def _keep(table: dict[Key, _Early], key: Key, early: _Early) -> None:
     """Adds to a table in order of time, of which expired and surplus entries go."""
     now = time.monotonic()
     while table:
@@ -368,5 +391,5 @@ def _keep(table: dict[int, _Early], room: int, early: _Early) -> None:
         if table[oldest].expires > now and len(table) < MAX_EARLY_ASKS:
             break
         del table[oldest]
-    table.pop(room, None)
-    table[room] = early
+    table.pop(key, None)
+    table[key] = early

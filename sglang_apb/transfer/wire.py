@@ -2,11 +2,12 @@
 
 A frame is two or three ZMQ parts: header, body, and for DATA and AUX a payload of raw bytes.
 
-    header   magic "SAPB" | version u8 | kind u8 | 2 zero bytes | room u64 | attempt u64 | checksum u64
+    header   magic "SAPB" | version u8 | kind u8 | asker u16 | room u64 | attempt u64 | checksum u64
     body     DATA: four u32 (Block); ASK, ANNOUNCE, END, STOP: msgpack with bounded fields; else empty
 
-`room` is SGLang's bootstrap room. `attempt` is chosen by the decode side for each ask, so that a late frame
-of an earlier transfer in the same room is recognised. The checksum is XXH3-64 over everything else.
+`room` is SGLang's bootstrap room; of several decode ranks that one prefill rank serves, `asker` is the one. `attempt`
+is chosen by the decode side for each ask, so that a late frame of an earlier transfer in the same room is recognised.
+The checksum is XXH3-64 over everything else.
 The header and STOP keep their layout in all versions: a peer of another one can be told why it is refused.
 """
 
@@ -25,19 +26,21 @@ from msgspec import Meta
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 2
+VERSION = 3
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
 MAX_RANGES = 4096
+MAX_ASKERS = 1024
 MAX_INFO_ENTRIES = 16
 
-_HEADER = struct.Struct("!4sBB2xQQQ")
+_HEADER = struct.Struct("!4sBBHQQQ")
 _CHECKSUM_AT = _HEADER.size - 8
 _BLOCK = struct.Struct("!IIII")
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+HeadNumber = Annotated[int, Meta(ge=0, le=1 << 16)]
 PageNumber = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
 ByteCount = Annotated[int, Meta(ge=0, le=1 << 62)]
 InfoText = Annotated[str, Meta(max_length=256)]
@@ -79,6 +82,12 @@ class Frame:
     attempt: int
     body: Buffer = b""
     payload: Buffer | None = None
+    asker: int = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Of one transfer: the request, and which decode rank it goes to."""
+        return self.room, self.asker
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,16 @@ class Block:
 
 
 class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Decode to prefill: `num_pages` pages wait for this room's KV after `prefix_tokens`, which are there."""
+    """Decode to prefill: `num_pages` pages wait for this room's KV after `prefix_tokens`, which are there.
+
+    They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own.
+    """
 
     compat: Compat
     num_pages: PageNumber
     prefix_tokens: PageNumber
+    heads: tuple[HeadNumber, HeadNumber]
+    num_askers: Annotated[int, Meta(ge=1, le=MAX_ASKERS)] = 1
 
 
 class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -137,16 +151,18 @@ _DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
 _encoder = msgspec.msgpack.Encoder()
 
 
-def pack(kind: Kind, room: int, attempt: int, body: bytes = b"", payload: Buffer | None = None) -> list[Buffer]:
+def pack(
+    kind: Kind, room: int, attempt: int, body: bytes = b"", payload: Buffer | None = None, asker: int = 0
+) -> list[Buffer]:
     """The parts of one frame. `payload` is not copied."""
     parts: list[Buffer] = [body] if payload is None else [body, payload]
-    header = bytearray(_HEADER.pack(MAGIC, VERSION, kind, room, attempt, 0))
+    header = bytearray(_HEADER.pack(MAGIC, VERSION, kind, asker, room, attempt, 0))
     struct.pack_into("!Q", header, _CHECKSUM_AT, _checksum(header, parts))
     return [bytes(header), *parts]
 
 
-def pack_message(message: Message, room: int, attempt: int) -> list[Buffer]:
-    return pack(_KIND_OF[type(message)], room, attempt, _encoder.encode(message))
+def pack_message(message: Message, room: int, attempt: int, asker: int = 0) -> list[Buffer]:
+    return pack(_KIND_OF[type(message)], room, attempt, _encoder.encode(message), asker=asker)
 
 
 def parse(parts: Sequence[Buffer]) -> Frame:
@@ -156,11 +172,11 @@ def parse(parts: Sequence[Buffer]) -> Frame:
     header = parts[0]
     if len(header) != _HEADER.size:
         raise WireError(f"header of {len(header)} bytes")
-    magic, version, kind, room, attempt, checksum = _HEADER.unpack(header)
+    magic, version, kind, asker, room, attempt, checksum = _HEADER.unpack(header)
     if magic != MAGIC:
         raise WireError(f"magic {magic!r}")
     if version != VERSION and kind != Kind.STOP:
-        raise VersionError(version, Frame(Kind.ASK, room, attempt))
+        raise VersionError(version, Frame(Kind.ASK, room, attempt, asker=asker))
     if len(parts[1]) > MAX_BODY_BYTES:
         raise WireError(f"body of {len(parts[1])} bytes")
     if kind not in Kind.__members__.values():
@@ -171,7 +187,7 @@ def parse(parts: Sequence[Buffer]) -> Frame:
     if _checksum(blank, parts[1:]) != checksum:
         raise WireError(f"{Kind(kind).name} with a wrong checksum")
     payload = parts[2] if len(parts) == MAX_PARTS else None
-    return Frame(Kind(kind), room, attempt, parts[1], payload)
+    return Frame(Kind(kind), room, attempt, parts[1], payload, asker)
 
 
 def parse_message(frame: Frame, message: type[M]) -> M:

@@ -115,7 +115,7 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path) -> None:
         elif isinstance(argument, bool):  # where to connect, with or without keys
             if argument not in endpoints:
                 endpoints[argument] = SendingEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
-                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat)
+                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1))
             pipe.send(endpoints[argument].port)
         else:
             _send_zmq(endpoints[way], pool, *argument)
@@ -168,7 +168,7 @@ def _zmq(pool: Pool, pipe: Connection, folder: Path | None, *, scattered: bool) 
     theirs = _keys(folder, "prefill") if folder else None
     pipe.send((ZMQ, folder is not None))
     address = (HOST, pipe.recv(), theirs.public if theirs else "")
-    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, ours)
+    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours)
     receiver.start()
     rooms = iter(range(1, 1 << 30))
     ids = pool.ids(scattered=scattered)

@@ -1,0 +1,148 @@
+"""Which KV heads of the model a tensor-parallel rank holds, and a page's bytes of some of them.
+
+heads of the model   [0 1 2 3 4 5 6 7]
+prefill, tp 2        [0 1 2 3] [4 5 6 7]
+decode, tp 4         [0 1] [2 3] [4 5] [6 7]     each prefill rank sends to two, half of its heads each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_apb.transfer.pages import Bytes, CudaPages, HostPages, PageIds, Pages
+from sglang_apb.transfer.wire import Buffer
+
+
+def heads_of(tp_rank: int, tp_size: int, num_kv_heads: int) -> range:
+    """As SGLang's layers split them (layers/linear.py, QKVParallelLinear): with more ranks than heads, each head is on
+    several. Raises ValueError when they cannot be shared out evenly.
+    """
+    if num_kv_heads % tp_size and tp_size % num_kv_heads:
+        raise ValueError(
+            f"{num_kv_heads} KV heads cannot be shared out evenly to {tp_size} ranks: use a tensor parallel size that "
+            "divides their number."
+        )
+    if tp_size > num_kv_heads:
+        head = tp_rank // (tp_size // num_kv_heads)
+        return range(head, head + 1)
+    num_own = num_kv_heads // tp_size
+    return range(tp_rank * num_own, (tp_rank + 1) * num_own)
+
+
+def overlap(mine: range, theirs: range) -> range:
+    return range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which of a decode rank's KV `heads` each prefill rank brings it, numbered as in the model.
+
+    `num_askers` decode ranks ask these prefill ranks, and this one is number `asker` of them.
+    Raises ValueError when the parts are not equal, or leave a head out.
+    """
+
+    heads: range
+    of_ranks: tuple[range, ...]
+    asker: int = 0
+    num_askers: int = 1
+
+    def __post_init__(self) -> None:
+        together = [head for part in self._parts for head in part]
+        if together != list(self.heads) or len({len(part) for part in self._parts}) > 1:
+            raise ValueError(
+                f"KV heads {_interval(self.heads)} cannot be put together from the prefill ranks', "
+                f"{', '.join(map(_interval, self.of_ranks))}: give both servers tensor parallel sizes that divide the "
+                "number of KV heads."
+            )
+
+    @classmethod
+    def between(
+        cls, tp_rank: int, tp_size: int, prefill_ranks: Sequence[int], prefill_size: int, num_kv_heads: int
+    ) -> Shares:
+        """Of decode rank `tp_rank` of `tp_size`, which asks tensor-parallel ranks `prefill_ranks` of `prefill_size`."""
+        mine = heads_of(tp_rank, tp_size, num_kv_heads)
+        of_ranks = tuple(overlap(mine, heads_of(rank, prefill_size, num_kv_heads)) for rank in prefill_ranks)
+        num_askers = max(tp_size // prefill_size, 1)
+        return cls(mine, of_ranks, tp_rank % num_askers, num_askers)
+
+    @property
+    def part_of_rank(self) -> list[int]:
+        return [self._parts.index(part) for part in self.of_ranks]
+
+    @property
+    def _parts(self) -> list[range]:
+        return sorted(dict.fromkeys(self.of_ranks), key=lambda part: part.start)
+
+
+def _interval(heads: range) -> str:
+    return f"[{heads.start}, {heads.stop})"
+
+
+class HeadPages:
+    """`Pages` of some heads: of each token of a page, the bytes of these heads.
+
+    buffers: uint8, flat, whole pages of item_lens bytes each, on one device; `part` of the `num_heads` heads in them.
+    """
+
+    def __init__(
+        self, buffers: Sequence[torch.Tensor], item_lens: Sequence[int], page_size: int, num_heads: int, part: range
+    ):
+        self._rows = [
+            _words(buffer.view(-1, page_size, num_heads, size // (page_size * num_heads)))[:, :, part.start : part.stop]
+            for buffer, size in zip(buffers, item_lens, strict=True)
+        ]
+        self.item_lens = tuple(row[0].numel() * row.element_size() for row in self._rows)
+        self.num_pages = min(len(row) for row in self._rows)
+        self._device = buffers[0].device
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        with torch.cuda.stream(self._stream):
+            index = torch.from_numpy(ids).to(self._device)
+            gathered = torch.cat([row.index_select(0, index).view(torch.uint8).flatten() for row in rows])
+            result: Bytes = gathered.cpu().numpy()  # waits
+        return result
+
+    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
+        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        arrived = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
+        with torch.cuda.stream(self._stream):
+            index = torch.from_numpy(ids).to(self._device)
+            parts = arrived.to(self._device).split([len(ids) * size for size in self._sizes(first_buffer, num_buffers)])
+            for row, part in zip(rows, parts, strict=True):
+                row[index] = part.view(row.dtype).view(len(ids), *row.shape[1:])
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _sizes(self, first_buffer: int, num_buffers: int) -> tuple[int, ...]:
+        return self.item_lens[first_buffer : first_buffer + num_buffers]
+
+
+def _words(rows: torch.Tensor) -> torch.Tensor:
+    """The same bytes as the widest numbers that they make up: they are moved one at a time."""
+    for dtype in (torch.complex128, torch.int64, torch.int32, torch.int16):
+        if rows.shape[-1] % dtype.itemsize == 0 and rows.data_ptr() % dtype.itemsize == 0:
+            return rows.view(dtype)
+    return rows
+
+
+class PagesByHeads:
+    """A pool's pages, whole or of some of their heads; `heads` are those in the pool, numbered as in the model."""
+
+    def __init__(self, pages: HostPages | CudaPages, heads: range, page_size: int):
+        self._whole, self._heads, self._page_size = pages, heads, page_size
+        self._parts: dict[range, Pages] = {heads: pages}
+
+    def of(self, part: range) -> Pages:
+        """Made at its first use, which must not be in two threads at once."""
+        if part not in self._parts:
+            inside = range(part.start - self._heads.start, part.stop - self._heads.start)
+            self._parts[part] = HeadPages(
+                self._whole.buffers, self._whole.item_lens, self._page_size, len(self._heads), inside
+            )
+        return self._parts[part]

@@ -1,0 +1,73 @@
+"""The KV pool leaves a GPU's memory for the activations of a prompt that fills it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sglang.srt.distributed
+import sglang.srt.utils
+import torch
+from sglang_apb.patches import prompt_memory
+
+from sglang_apb import capacity
+
+GIB = 1 << 30
+# Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token; a row's activations 51,814.
+KV_BYTES, ROW_BYTES = 131072, 51814
+FREE_GIB, CONTEXT = 60, 131072
+
+
+def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1) -> Any:
+    model = SimpleNamespace(
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        dtype=torch.bfloat16,
+        num_hidden_layers=32,
+        context_len=CONTEXT,
+    )
+    server_args = SimpleNamespace(
+        is_mem_fraction_given=is_given,
+        plugin_options=SimpleNamespace(sp_size=sp_size),
+        disaggregation_mode="prefill",
+        disaggregation_transfer_backend="zmq",
+    )
+    return SimpleNamespace(
+        device=device, gpu_id=0, server_args=server_args, model_config=model, resolve_max_num_reqs=lambda num_tokens: 16
+    )
+
+
+@pytest.fixture(autouse=True)
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = SimpleNamespace(world_size=1, cpu_group=None)
+    monkeypatch.setattr(sglang.srt.distributed, "get_world_group", lambda: world)
+    monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: FREE_GIB)
+
+
+def test_a_full_pool_leaves_what_its_rows_take() -> None:
+    pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+    table = 16 * CONTEXT * 4
+    num_tokens = pool // KV_BYTES
+    taken = num_tokens * (KV_BYTES + ROW_BYTES)
+    free = FREE_GIB * GIB - capacity.FIXED_BYTES - table
+    assert free - (KV_BYTES + ROW_BYTES) < taken <= free
+
+
+def test_ranks_that_all_keep_everything_compute_a_part_of_the_rows_each() -> None:
+    """Each rank has a slot for every token of a prompt, and activations for its share."""
+    alone = configurator(sp_size=2)
+    alone.server_args.disaggregation_mode = "null"
+    assert prompt_memory._leave_room(50 * GIB, alone, 0.0) > prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+
+
+def test_a_smaller_pool_stays_as_it_is() -> None:
+    assert prompt_memory._leave_room(GIB, configurator(), 0.0) == GIB
+
+
+@pytest.mark.parametrize("given", [{"is_given": True}, {"device": "cpu"}], ids=str)
+def test_sglangs_own_choice_stands(given: dict[str, Any]) -> None:
+    """With --mem-fraction-static, and where nothing is known of the memory."""
+    assert prompt_memory._leave_room(50 * GIB, configurator(**given), 0.0) == 50 * GIB

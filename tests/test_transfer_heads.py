@@ -1,0 +1,219 @@
+"""Servers of different tensor parallel sizes: which heads go where, and that exactly they arrive."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from transfer_peers import AUX_LENS, COMPAT, make_pages, received, wait_for
+
+from sglang_apb.transfer.fan_out import FanOut
+from sglang_apb.transfer.heads import HeadPages, Shares, heads_of, overlap
+from sglang_apb.transfer.outbox import SendState
+from sglang_apb.transfer.pages import HostPages
+from sglang_apb.transfer.receiving import Address, ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
+
+NUM_HEADS, PAGE_SIZE, NUM_PAGES, NUM_LAYERS = 4, 2, 60, 2
+HEAD_BYTES = (8, 12, 8, 12)  # of a token, in keys and values of two layers
+MODEL = msgspec.structs.replace(
+    COMPAT, num_kv_heads=NUM_HEADS, page_size=PAGE_SIZE, kv_head_lens=[PAGE_SIZE * size for size in HEAD_BYTES]
+)
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "num_kv_heads", "heads"),
+    [
+        (1, 3, [(0, 3)]),
+        (2, 4, [(0, 2), (2, 4)]),
+        (3, 3, [(0, 1), (1, 2), (2, 3)]),
+        (4, 2, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+    ],
+)
+def test_heads_are_shared_out_as_sglang_does(tp_size: int, num_kv_heads: int, heads: list[tuple[int, int]]) -> None:
+    assert [heads_of(rank, tp_size, num_kv_heads) for rank in range(tp_size)] == [range(*pair) for pair in heads]
+
+
+def test_heads_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 KV heads cannot be shared out evenly to 2 ranks"):
+        heads_of(0, 2, 3)
+
+
+def test_what_a_decode_rank_gets_from_whom() -> None:
+    # Decode rank 3 of 4 asks prefill rank 1 of 2, which another decode rank asks, too; both ranks of a prompt's two.
+    shares = Shares.between(3, 4, [1, 1], 2, 8)
+    assert (shares.heads, shares.of_ranks) == (range(6, 8), (range(6, 8),) * 2)
+    assert (shares.asker, shares.num_askers, shares.part_of_rank) == (1, 2, [0, 0])
+    # Decode rank 0 of 2 asks prefill ranks 0 and 1 of 4.
+    shares = Shares.between(0, 2, [0, 1], 4, 8)
+    assert (shares.of_ranks, shares.part_of_rank) == ((range(0, 2), range(2, 4)), [0, 1])
+    assert (shares.asker, shares.num_askers) == (0, 1)
+
+
+def test_heads_that_are_missing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"KV heads \[0, 2\) cannot be put together from .* \[0, 1\)"):
+        Shares.between(0, 2, [0], 4, 4)
+    with pytest.raises(ValueError, match="cannot be put together"):  # with more ranks than heads, two have the same
+        Shares(range(2), (range(1), range(1)))
+
+
+def make_model(seed: int | None) -> list[np.ndarray]:
+    """K and V of two layers, all heads: uint8 [num_pages, page_size, num_heads, head_bytes]."""
+    shape = (NUM_PAGES, PAGE_SIZE, NUM_HEADS)
+    if seed is None:
+        return [np.zeros((*shape, size), np.uint8) for size in HEAD_BYTES]
+    return [np.random.default_rng(seed).integers(256, size=(*shape, size), dtype=np.uint8) for size in HEAD_BYTES]
+
+
+def pool_of(model: list[np.ndarray], heads: range) -> HostPages:
+    buffers = [np.ascontiguousarray(buffer[:, :, heads.start : heads.stop]) for buffer in model]
+    return HostPages([buffer.reshape(-1) for buffer in buffers], [buffer[0].nbytes for buffer in buffers])
+
+
+def rows_bytes(num_pages: int) -> int:
+    """Of all heads."""
+    return num_pages * PAGE_SIZE * NUM_HEADS * sum(HEAD_BYTES)
+
+
+def all_ask(transfers: FanOut) -> bool:
+    def have_asked() -> bool:
+        transfers.wait_for_others()
+        return transfers.state is SendState.ASKED
+
+    return wait_for(have_asked)
+
+
+def rows(pages: HostPages, ids: np.ndarray) -> bytes:
+    return pages.gather(0, len(HEAD_BYTES), ids).tobytes()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("part", [range(0, 1), range(1, 3), range(0, 4)], ids=str)
+def test_pages_of_some_heads(device: str, part: range) -> None:
+    model, ids = make_model(1), np.random.default_rng(2).permutation(NUM_PAGES)[:7].astype(np.int64)
+    buffers = [torch.from_numpy(buffer.copy()).flatten().to(device) for buffer in model]
+    item_lens = [buffer[0].nbytes for buffer in model]
+    pages = HeadPages(buffers, item_lens, PAGE_SIZE, NUM_HEADS, part)
+    assert pages.item_lens == tuple(PAGE_SIZE * len(part) * size for size in HEAD_BYTES)
+    cut = [buffer[:, :, part.start : part.stop] for buffer in model]
+    assert pages.gather(1, 2, ids).tobytes() == b"".join(buffer[ids].tobytes() for buffer in cut[1:3])
+    pages.scatter(1, 2, ids[::-1].copy(), pages.gather(1, 2, ids).data)
+    for index, (buffer, was) in enumerate(zip(buffers, model, strict=True)):
+        wanted = was.copy()
+        if index in (1, 2):
+            wanted[ids[::-1], :, part.start : part.stop] = was[ids][:, :, part.start : part.stop]
+        assert np.array_equal(buffer.cpu().numpy(), wanted.reshape(-1))
+
+
+class Servers:
+    """Prefill and decode of so many tensor-parallel ranks; `targets[d]` is decode rank d's pool."""
+
+    def __init__(self, prefill_size: int, decode_size: int) -> None:
+        self.prefill_size, self.decode_size = prefill_size, decode_size
+        self.model = make_model(5)
+        self.aux = make_pages(7, AUX_LENS, 8)
+        self.senders = [SendingEndpoint("127.0.0.1") for _ in range(prefill_size)]
+        for rank, sender in enumerate(self.senders):
+            heads = heads_of(rank, prefill_size, NUM_HEADS)
+            sender.start_sending(pool_of(self.model, heads), self.aux, MODEL, heads)
+        self.heads = [heads_of(rank, decode_size, NUM_HEADS) for rank in range(decode_size)]
+        self.targets = [pool_of(make_model(None), heads) for heads in self.heads]
+        self.receivers = [
+            ReceivingEndpoint(target, make_pages(None, AUX_LENS, 8), MODEL, heads)
+            for target, heads in zip(self.targets, self.heads, strict=True)
+        ]
+        for receiver in self.receivers:
+            receiver.start()
+
+    def prefill_ranks_of(self, decode_rank: int) -> list[int]:
+        return [
+            rank
+            for rank in range(self.prefill_size)
+            if overlap(self.heads[decode_rank], heads_of(rank, self.prefill_size, NUM_HEADS))
+        ]
+
+    def stop(self) -> None:
+        for endpoint in (*self.senders, *self.receivers):
+            endpoint.stop()
+
+
+@contextlib.contextmanager
+def servers(prefill_size: int, decode_size: int) -> Iterator[Servers]:
+    made = Servers(prefill_size, decode_size)
+    try:
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2), (2, 2)])
+def test_each_decode_rank_gets_its_heads(prefill_size: int, decode_size: int) -> None:
+    source, target, kept = np.arange(10, 31), np.arange(30, 51)[::-1].copy(), []
+    with servers(prefill_size, decode_size) as peers:
+        rooms = []
+        for rank, receiver in enumerate(peers.receivers):
+            ranks = peers.prefill_ranks_of(rank)
+            shares = Shares.between(rank, decode_size, ranks, prefill_size, NUM_HEADS)
+            addresses = [Address("127.0.0.1", peers.senders[r].port) for r in ranks]
+            rooms.append(receiver.open(1, addresses, target, 3, shares=shares))
+        for sender in peers.senders:
+            transfers = FanOut(sender, 1)
+            assert all_ask(transfers)
+            assert len(transfers.rooms) == max(decode_size // prefill_size, 1)
+            transfers.announce([(0, len(source))])
+            transfers.send_pages((0, len(source)), partial(np.copy, source), range(NUM_LAYERS))
+            transfers.finish(2, {})
+            kept.append(transfers)
+        for room, pool, heads in zip(rooms, peers.targets, peers.heads, strict=True):
+            assert received(room), room.reason
+            assert rows(pool, target) == rows(pool_of(peers.model, heads), source)
+        for transfers in kept:
+            assert wait_for(lambda transfers=transfers: transfers.state is SendState.DONE)
+            assert transfers.num_bytes == rows_bytes(len(source)) // prefill_size
+            transfers.close("")
+
+
+def test_when_one_decode_rank_is_gone_the_others_hear_of_it() -> None:
+    """Not the whole request is there then: the other rank's part, complete or not, is of no use."""
+    with servers(1, 2) as peers:
+        address = [Address("127.0.0.1", peers.senders[0].port)]
+        rooms = [
+            receiver.open(1, address, np.arange(5), 0, shares=Shares.between(rank, 2, [0], 1, NUM_HEADS))
+            for rank, receiver in enumerate(peers.receivers)
+        ]
+        transfers = FanOut(peers.senders[0], 1)
+        assert all_ask(transfers)
+        peers.receivers[1].close(rooms[1], "the client is gone")
+        assert wait_for(lambda: transfers.state is SendState.FAILED)
+        assert not transfers.is_sending and transfers.reason == "the client is gone"
+        transfers.close("another rank failed")
+        assert not received(rooms[0]) and rooms[0].reason == "another rank failed"
+
+
+def test_a_request_that_is_dropped_without_a_word_is_closed_for_all() -> None:
+    with servers(1, 2) as peers:
+        address = [Address("127.0.0.1", peers.senders[0].port)]
+        rooms = [
+            receiver.open(1, address, np.arange(5), 0, shares=Shares.between(rank, 2, [0], 1, NUM_HEADS))
+            for rank, receiver in enumerate(peers.receivers)
+        ]
+        transfers = FanOut(peers.senders[0], 1)
+        assert all_ask(transfers)
+        del transfers
+        assert not any(map(received, rooms)) and all("gave the request up" in room.reason for room in rooms)
+
+
+def test_heads_that_a_prefill_rank_does_not_have_are_refused() -> None:
+    with servers(2, 2) as peers:
+        wrong = Address("127.0.0.1", peers.senders[1].port)
+        room = peers.receivers[0].open(1, [wrong], np.arange(3), 0)
+        sent = peers.senders[1].open(1)
+        assert wait_for(lambda: sent.state is SendState.FAILED)
+        assert not received(room) and "asked for KV heads [0, 2) of a prefill rank that has [2, 4)" in room.reason
