@@ -26,7 +26,7 @@ def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.cut(smollm2, 3, tmp_path_factory.mktemp("cut"))
 
 
-def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: int) -> LocalService:
+def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: int, *more: str) -> LocalService:
     """Servers of one rank each behind one router, which picks at random."""
     router = next_port()
     ports, groups = {"router": router}, []
@@ -36,7 +36,7 @@ def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: in
         port = next_port()
         name = f"{role} {number}"
         used = {name: port, f"{name}'s ranks": port + 1}
-        arguments = [*FLOAT32, "--max-total-tokens", "8000", *ZMQ, "--disaggregation-mode", role]
+        arguments = [*FLOAT32, "--max-total-tokens", "8000", *ZMQ, "--disaggregation-mode", role, *more]
         if role == "prefill":
             used[f"{name}'s bootstrap"] = port + 2
             arguments += ["--disaggregation-bootstrap-port", str(port + 2)]

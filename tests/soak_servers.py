@@ -1,0 +1,176 @@
+"""Prompts with known answers to two prefill and two decode servers, of which one after the other is killed.
+
+    python tests/soak_servers.py MODEL_DIR --requests 500
+
+MODEL_DIR: SmolLM2's; three of its layers are served. Ends with status 1 when an answer is wrong, a request hangs or
+fails although no server was down, or when something is left: KV pages that are not free, processes, shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import psutil
+import requests
+import tiny_models
+from asking import generate, prompts
+from test_server_shapes import several_servers
+from transfer_peers import wait_for
+
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import HOST, LocalService, is_up
+
+LENGTHS = (150, 300, 600, 900, 1300)
+NUM_AT_ONCE = 4
+HANGS_AFTER_S = 90.0
+RESTART_S = 240.0
+SAMPLING = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+class Soak:
+    def __init__(self, service: LocalService, asked: list[list[int]], seed: int) -> None:
+        self._service, self._asked = service, asked
+        self._random = random.Random(seed)
+        self._servers = [group for group in service.groups if group.name != "router"]
+        self._last_fault = 0.0
+        self._ending = threading.Event()
+        self._wanted: list[tuple[int, ...]] = []
+        self.outcomes: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.problems: list[str] = []
+
+    def run(self, num_requests: int, fault_every_s: float) -> None:
+        self._wanted = [self._tokens(prompt) for prompt in self._asked]
+        killer = threading.Thread(target=self._kill_again_and_again, args=(fault_every_s,))
+        killer.start()
+        try:
+            with ThreadPoolExecutor(NUM_AT_ONCE) as clients:
+                list(clients.map(self._ask, range(num_requests)))
+        finally:
+            self._ending.set()
+            killer.join()
+        self._ask_until_both_sides_answer()
+        self._check_pages()
+
+    def _tokens(self, prompt: list[int]) -> tuple[int, ...]:
+        return generate(self._service.url, prompt, sampling_params=SAMPLING).token_ids
+
+    def _ask(self, number: int) -> None:
+        which = number % len(self._asked)
+        body = {"input_ids": self._asked[which], "sampling_params": SAMPLING}
+        started = time.monotonic()
+        try:
+            response = requests.post(f"{self._service.url}/generate", json=body, timeout=HANGS_AFTER_S)
+        except requests.Timeout:
+            self.problems.append(f"request {number} has no answer after {HANGS_AFTER_S:.0f} s")
+            self.outcomes["hung"] += 1
+            return
+        except requests.RequestException as error:
+            self.problems.append(f"request {number}: the router did not answer: {error}")
+            self.outcomes["no answer"] += 1
+            return
+        if not response.ok:
+            self.outcomes["failed"] += 1
+            if self._last_fault < started - HANGS_AFTER_S:
+                self.problems.append(f"request {number} failed although no server was down: {response.text[:300]}")
+        elif tuple(response.json()["output_ids"]) != self._wanted[which]:
+            self.outcomes["wrong"] += 1
+            self.problems.append(f"request {number} got {response.json()['output_ids']}, not {self._wanted[which]}")
+        else:
+            self.outcomes["right"] += 1
+
+    def _kill_again_and_again(self, every_s: float) -> None:
+        while not self._ending.wait(every_s * self._random.uniform(0.5, 1.5)):
+            group = self._random.choice(self._servers)
+            whole = self._random.random() < 0.5
+            self.faults[f"{group.name} {'killed' if whole else 'lost its scheduler'}"] += 1
+            self._last_fault = time.monotonic()
+            _kill(group, whole)
+            group.stop()
+            group.start()
+            if not wait_for(partial(is_up, _url(group)), RESTART_S):
+                self.problems.append(f"{group.name} did not start again; log: {group.log_path}")
+                return
+            self._last_fault = time.monotonic()
+
+    def _ask_until_both_sides_answer(self) -> None:
+        """The router takes a while to notice that a server is back."""
+        for number, prompt in enumerate(self._asked):
+            if not wait_for(lambda prompt=prompt, number=number: self._is_right(prompt, number), 60):
+                self.problems.append(f"prompt {number} has no right answer after the last restart")
+
+    def _is_right(self, prompt: list[int], number: int) -> bool:
+        try:
+            return self._tokens(prompt) == self._wanted[number]
+        except (AssertionError, requests.RequestException):
+            return False
+
+    def _check_pages(self) -> None:
+        """Once nothing is asked any more, every page is free."""
+        for group in self._servers:
+            if not wait_for(lambda group=group: _used_tokens(group) == 0, 30):
+                self.problems.append(f"{group.name} keeps {_used_tokens(group):.0f} KV slots")
+
+
+def _kill(group: ProcessGroup, whole: bool) -> None:
+    (server,) = psutil.Process(group.pid).children()
+    children = server.children(recursive=True)
+    schedulers = [child for child in children if "scheduler" in " ".join(child.cmdline())]
+    for process in [server, *children] if whole else schedulers:
+        process.send_signal(signal.SIGKILL)
+
+
+def _url(group: ProcessGroup) -> str:
+    return f"http://{HOST}:{group.command[group.command.index('--port') + 1]}"
+
+
+def _used_tokens(group: ProcessGroup) -> float:
+    metrics = requests.get(f"{_url(group)}/metrics", timeout=10).text
+    return sum(float(value) for value in re.findall(r"^sglang:num_used_tokens\{.*\} (\S+)$", metrics, re.MULTILINE))
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--fault-every", type=float, default=10.0, metavar="SECONDS", help="after the last restart")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started, before = time.monotonic(), _shared_memory()
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_models.cut(args.model, 3, Path(folder))
+        service = several_servers(model, Path(folder) / "logs", 2, 2, "--enable-metrics")
+        soak = Soak(service, prompts(model, LENGTHS), args.seed)
+        with service:
+            service.wait_ready(timeout=600)
+            soak.run(args.requests, args.fault_every)
+            service.check()
+    if left := [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]:
+        soak.problems.append(f"processes are left: {[child.name() for child in left]}")
+    if shared := _shared_memory() - before:
+        soak.problems.append(f"shared memory is left: {sorted(shared)}")
+    outcomes = ", ".join(f"{number} {what}" for what, number in soak.outcomes.most_common())
+    faults = ", ".join(f"{number} times {what}" for what, number in sorted(soak.faults.items()))
+    print(f"{args.requests} requests in {time.monotonic() - started:.0f} s: {outcomes}; {faults}")
+    for problem in soak.problems:
+        print(problem, file=sys.stderr)
+    return 1 if soak.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
