@@ -16,7 +16,7 @@ from sglang_apb.transfer.fan_out import FanOut
 from sglang_apb.transfer.heads import HeadPages, Shares, heads_of, overlap
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import Address, ReceivingEndpoint
+from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 NUM_HEADS, PAGE_SIZE, NUM_PAGES, NUM_LAYERS = 4, 2, 60, 2
@@ -180,16 +180,22 @@ def test_each_decode_rank_gets_its_heads(prefill_size: int, decode_size: int) ->
             transfers.close("")
 
 
+def ask_one(peers: Servers) -> tuple[list[ReceiveRoom], FanOut]:
+    """Both decode ranks ask the one prefill rank."""
+    address = [Address("127.0.0.1", peers.senders[0].port)]
+    rooms = [
+        receiver.open(1, address, np.arange(5), 0, shares=Shares.between(rank, 2, [0], 1, NUM_HEADS))
+        for rank, receiver in enumerate(peers.receivers)
+    ]
+    transfers = FanOut(peers.senders[0], 1)
+    assert all_ask(transfers)
+    return rooms, transfers
+
+
 def test_when_one_decode_rank_is_gone_the_others_hear_of_it() -> None:
     """Not the whole request is there then: the other rank's part, complete or not, is of no use."""
     with servers(1, 2) as peers:
-        address = [Address("127.0.0.1", peers.senders[0].port)]
-        rooms = [
-            receiver.open(1, address, np.arange(5), 0, shares=Shares.between(rank, 2, [0], 1, NUM_HEADS))
-            for rank, receiver in enumerate(peers.receivers)
-        ]
-        transfers = FanOut(peers.senders[0], 1)
-        assert all_ask(transfers)
+        rooms, transfers = ask_one(peers)
         peers.receivers[1].close(rooms[1], "the client is gone")
         assert wait_for(lambda: transfers.state is SendState.FAILED)
         assert not transfers.is_sending and transfers.reason == "the client is gone"
@@ -199,13 +205,7 @@ def test_when_one_decode_rank_is_gone_the_others_hear_of_it() -> None:
 
 def test_a_request_that_is_dropped_without_a_word_is_closed_for_all() -> None:
     with servers(1, 2) as peers:
-        address = [Address("127.0.0.1", peers.senders[0].port)]
-        rooms = [
-            receiver.open(1, address, np.arange(5), 0, shares=Shares.between(rank, 2, [0], 1, NUM_HEADS))
-            for rank, receiver in enumerate(peers.receivers)
-        ]
-        transfers = FanOut(peers.senders[0], 1)
-        assert all_ask(transfers)
+        rooms, transfers = ask_one(peers)
         del transfers
         assert not any(map(received, rooms)) and all("gave the request up" in room.reason for room in rooms)
 
