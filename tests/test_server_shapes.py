@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_models
-from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
+from asking import ALL_PASSED, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
 from conftest import FLOAT32, cluster, next_port, running, server, thorough
 
 from sglang_apb.commands import servers
@@ -24,6 +25,21 @@ NUM_ASKED = 12
 @pytest.fixture(scope="module")
 def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.cut(smollm2, 3, tmp_path_factory.mktemp("cut"))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Prompts of 300 and 1,000 tokens, and what one plain server of one rank says to them."""
+
+    asked: list[list[int]]
+    answers: list[Answer]
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path, log_dirs: Iterator[Path]) -> Plain:
+    asked = prompts(model, (300, 1000))
+    with running(server(model, next(log_dirs))) as url:
+        return Plain(asked, [generate(url, prompt) for prompt in asked])
 
 
 def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: int, *more: str) -> LocalService:
@@ -68,25 +84,21 @@ def test_several_servers_on_either_side_answer_alike(model: Path, log_dirs: Iter
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=thorough)])
-def test_each_of_three_decode_ranks_gets_its_heads(num_ranks: int, model: Path, log_dirs: Iterator[Path]) -> None:
+def test_each_of_three_decode_ranks_gets_its_heads(
+    num_ranks: int, model: Path, log_dirs: Iterator[Path], plain: Plain
+) -> None:
     """SmolLM2 has 3 KV heads. A sparse prompt, and one on SGLang's path, whose chunks are sent one by one."""
-    asked = prompts(model, (300, 1000))
-    with running(server(model, next(log_dirs), "--tp", "3")) as url:
-        plain = [generate(url, prompt) for prompt in asked]
     config = ("--prefill-backend-config", ALL_PASSED, "--chunked-prefill-size", "128")
     service = cluster(model, next(log_dirs), num_ranks, *config, decode_arguments=("--tp", "3"))
     with running(service) as url:
-        exact, sparse = (generate(url, prompt) for prompt in asked)
+        exact, sparse = (generate(url, prompt) for prompt in plain.asked)
     assert_ran_sparse(sparse, num_ranks)
-    assert_same_tokens(exact, plain[0])
-    assert_same_tokens(sparse, plain[1])
+    assert_same_tokens(exact, plain.answers[0])
+    assert_same_tokens(sparse, plain.answers[1])
 
 
-def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: Iterator[Path]) -> None:
+def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: Iterator[Path], plain: Plain) -> None:
     """Our transfer alone, from tensor-parallel ranks that hold one head each."""
-    (prompt,) = prompts(model, (300,))
-    with running(server(model, next(log_dirs), "--tp", "3")) as url:
-        plain = generate(url, prompt)
     service = LocalCluster(
         str(model),
         port=next_port(),
@@ -96,16 +108,15 @@ def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: 
         prefill_arguments=["--tp", "3"],
     )
     with running(service) as url:
-        assert_same_tokens(generate(url, prompt), plain)
+        assert_same_tokens(generate(url, plain.asked[0]), plain.answers[0])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs Mooncake: see docs/transfer.md")
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_mooncakes_tcp_takes_what_apb_prefilled(num_ranks: int, model: Path, log_dirs: Iterator[Path]) -> None:
+def test_mooncakes_tcp_takes_what_apb_prefilled(
+    num_ranks: int, model: Path, log_dirs: Iterator[Path], plain: Plain
+) -> None:
     """SGLang's own transfer sends for one rank; all of them hold the whole prompt's KV then."""
-    (prompt,) = prompts(model, (1000,))
-    with running(server(model, next(log_dirs))) as url:
-        plain = generate(url, prompt)
     service = LocalCluster(
         str(model),
         port=next_port(),
@@ -116,4 +127,4 @@ def test_mooncakes_tcp_takes_what_apb_prefilled(num_ranks: int, model: Path, log
         prefill_arguments=["--prefill-backend-config", ALL_PASSED],
     )
     with running(service) as url:
-        assert_same_tokens(generate(url, prompt), plain)
+        assert_same_tokens(generate(url, plain.asked[1]), plain.answers[1])
