@@ -16,7 +16,11 @@ def _keep_report(self: Any, decode_req: Any) -> None:
     receiver = decode_req.kv_receiver
     info = getattr(receiver, "prefill_info", None)
     if isinstance(info, dict) and info:
-        report = info | {"kv_bytes": receiver.num_bytes, "kv_bytes_hidden": receiver.num_hidden_bytes}
+        num_ranks = receiver.kv_mgr.attn_tp_size  # each of them gets as many bytes: of its own heads
+        report = info | {
+            "kv_bytes": num_ranks * receiver.num_bytes,
+            "kv_bytes_hidden": num_ranks * receiver.num_hidden_bytes,
+        }
         if "attention_share" in report:  # a text on the wire
             report["attention_share"] = float(report["attention_share"])
         decode_req.req.customized_info = {PARAMETER: [report]}

@@ -93,6 +93,8 @@ def test_each_of_three_decode_ranks_gets_its_heads(
     with running(service) as url:
         exact, sparse = (generate(url, prompt) for prompt in plain.asked)
     assert_ran_sparse(sparse, num_ranks)
+    assert sparse.prefill is not None
+    assert sparse.prefill["kv_bytes"] == 1000 * 3 * 2 * 3 * 64 * 4, "tokens, layers, K and V, heads of 64 in float32"
     assert_same_tokens(exact, plain.answers[0])
     assert_same_tokens(sparse, plain.answers[1])
 
