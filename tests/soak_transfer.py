@@ -344,8 +344,8 @@ class Soak:
                 self.report.problems.append(f"{names} keeps {left.rooms} rooms")
             if left.threads > begun.threads + 4:
                 self.report.problems.append(f"{names} has {left.threads} threads, {begun.threads} at its start")
-            # A connection to each of the others, with what ZMQ needs to watch it, and those being given up.
-            if left.files > begun.files + 8 * NUM_PREFILL:
+            # Two connections to each of the others, with what ZMQ needs to watch them.
+            if left.files > begun.files + 10 * NUM_PREFILL:
                 self.report.problems.append(f"{names} has {left.files} open files, {begun.files} at its start")
             if left.mib > begun.mib + MAX_GROWTH_MIB:
                 self.report.problems.append(f"{names} has grown from {begun.mib:.0f} to {left.mib:.0f} MiB")

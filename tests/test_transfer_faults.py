@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -70,6 +71,32 @@ def prefill_server(pipe: Connection) -> None:
     sender.send_pages(room, (0, 20), IDS.copy, [1, 2])
     sender.finish(room, 0, {})
     pipe.send("sent")
+    pipe.recv()
+
+
+def prefill_server_in_pieces(pipe: Connection) -> None:
+    """Sends room 1 in more frames than a decode server takes before it has looked at any."""
+    sender = SendingEndpoint("127.0.0.1")
+    sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
+    room = sender.open(1)
+    pipe.send(sender.port)
+    while not asked(room):
+        pass
+    sender.announce(room, [(0, 20)])
+    for page in range(20):
+        sender.send_pages(room, (page, page + 1), IDS[page : page + 1].copy, range(3))
+    pipe.recv()
+
+
+def busy_decode_server(pipe: Connection, port: int) -> None:
+    """Its transfer thread has no time for 6 s when it has asked for room 1; then it says what became of that."""
+    receiver = ReceivingEndpoint(make_pages(None), make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
+    receiver.start()
+    room = receiver.open(1, [("127.0.0.1", port)], IDS, 0)
+    receiver.call(partial(time.sleep, 6))
+    pipe.send("busy")
+    wait_for(lambda: room.state is not ReceiveState.RECEIVING, 3 * PROMISE_S)
+    pipe.send((room.state, room.reason))
     pipe.recv()
 
 
@@ -183,6 +210,22 @@ def test_a_prefill_rank_that_dies_is_noticed(stage: str, fault: signal.Signals) 
             assert wait_for(lambda: other.state is SendState.FAILED)
             assert other.reason == reason, "the rank that lives gives up, and says why"
         check_others_go_on(peers, 3)
+
+
+def test_a_prefill_rank_that_dies_while_much_waits_to_be_received() -> None:
+    """ZMQ stops reading then. With its heartbeats on the same connection it ended the whole process (libzmq 4.3.5,
+    stream_engine_base.cpp: "Assertion failed: !_io_error").
+    """
+    with child(prefill_server_in_pieces) as (prefill, its_pipe):
+        assert its_pipe.poll(30)
+        with child(busy_decode_server, its_pipe.recv()) as (decode, pipe):
+            assert pipe.poll(30) and pipe.recv() == "busy"
+            time.sleep(1)  # for what is sent to get there
+            strike(prefill, signal.SIGKILL)
+            assert pipe.poll(30), "hung"
+            state, reason = pipe.recv()
+            assert state is ReceiveState.FAILED and "Lost the connection to prefill rank" in reason
+            assert decode.is_alive()
 
 
 def test_what_a_stopped_rank_sends_late_changes_nothing() -> None:

@@ -9,6 +9,7 @@
                 `--kv-transfer-config`; who is let in; where the sockets listen
     assembly    one request on the decode side: what has arrived, and when it is complete
     loop        the thread that owns the sockets of a process
+    lives       prefill: which decode servers are alive
     outbox      one request on the prefill side: what waits to be sent, and may be read
     observer    metrics and log lines
     sending     prefill: answers the decode servers' asks with announce, data, aux, end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -21,7 +22,8 @@ from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive
+from sglang_apb.transfer.lives import life_of
+from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import CudaPages, HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
@@ -37,6 +39,9 @@ _LOST = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
+
+
+_PING = wire.pack(Kind.PING, 0, 0)
 
 
 class Address(NamedTuple):
@@ -100,9 +105,12 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class _Peer:
+    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`)."""
+
     address: Address
     socket: zmq.Socket
-    monitor: zmq.Socket
+    life: zmq.Socket
+    monitors: tuple[zmq.Socket, ...]
 
 
 class ReceivingEndpoint(SocketLoop):
@@ -212,22 +220,38 @@ class ReceivingEndpoint(SocketLoop):
         return peer
 
     def _connect(self, address: Address) -> _Peer:
-        socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.IPV6, int(":" in address.host))
+        identity = b"\1" + secrets.token_bytes(16)  # 0 in front is ZMQ's own
+        socket, life = self._dealer(address, identity), self._dealer(address, life_of(identity))
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
+        ask_for_life(life)
+        monitors = tuple(each.get_monitor_socket(_LOST) for each in (socket, life))
+        peer = _Peer(address, socket, life, monitors)
+        self.watch(socket, partial(self._receive_some, peer))
+        self.watch(life, partial(self._answer_ping, life))
+        for monitor in monitors:
+            self.watch(monitor, partial(self._watch_connection, peer, monitor))
+        for each in (socket, life):
+            each.connect(f"tcp://{address}")
+        life.send_multipart(_PING, zmq.NOBLOCK)
+        return peer
+
+    def _dealer(self, address: Address, identity: bytes) -> zmq.Socket:
+        socket = self.context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, identity)
+        socket.setsockopt(zmq.IPV6, int(":" in address.host))
         socket.setsockopt(zmq.LINGER, 0)
         guard(socket, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
         if self.keys is not None and address.key:
             self.keys.speak_to(socket, address.key)
-        monitor = socket.get_monitor_socket(_LOST)
-        peer = _Peer(address, socket, monitor)
-        self.watch(socket, partial(self._receive_some, peer))
-        self.watch(monitor, partial(self._watch_connection, peer))
-        socket.connect(f"tcp://{address}")
-        return peer
+        return socket
 
-    def _watch_connection(self, peer: _Peer) -> None:
-        event = recv_monitor_message(peer.monitor, zmq.NOBLOCK)["event"]
+    def _answer_ping(self, life: zmq.Socket) -> None:
+        while receive(life) is not None:
+            with contextlib.suppress(zmq.ZMQError):  # gone, which its monitor says
+                life.send_multipart(_PING, zmq.NOBLOCK)
+
+    def _watch_connection(self, peer: _Peer, monitor: zmq.Socket) -> None:
+        event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._lose(peer.address, f"Prefill rank {peer.address} does not have this server's key among its peers.")
         else:
@@ -238,9 +262,10 @@ class ReceivingEndpoint(SocketLoop):
         peer = self._peers.pop(address, None)
         if peer is not None:
             self._observer.has_peers(len(self._peers))
-            peer.socket.disable_monitor()
-            self.forget(peer.monitor)
-            self.forget(peer.socket)
+            for each, monitor in zip((peer.socket, peer.life), peer.monitors, strict=True):
+                each.disable_monitor()
+                self.forget(monitor)
+                self.forget(each)
         with self._lock:
             affected = [room for room in self._rooms.values() if address in room.ranks]
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]

@@ -19,6 +19,7 @@ from sglang_apb.transfer import wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.heads import PagesByHeads, overlap
 from sglang_apb.transfer.keys import Keys
+from sglang_apb.transfer.lives import Lives
 from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender_key
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
@@ -66,6 +67,7 @@ class SendingEndpoint(SocketLoop):
         super().__init__("kv-sending", keys)
         self._observer = Observer("prefill", with_metrics)
         self._peers: set[bytes] = set()
+        self._lives = Lives(MAX_PEERS)
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -156,17 +158,23 @@ class SendingEndpoint(SocketLoop):
     def _probe(self) -> None:
         """Finds decode servers whose connection is gone: ZMQ tells only one who sends."""
         for identity in list(self._peers):
-            try:
-                self._socket.send_multipart([identity, *_PING], zmq.NOBLOCK)
-            except zmq.Again:
-                continue  # there, and busy with what was sent before
-            except zmq.ZMQError as error:
-                self._lose(identity, f"Lost the connection to the decode server ({error}).")
+            if self._lives.is_silent(identity):
+                self._lose(identity, "Lost the connection to the decode server (it does not answer).")
+                continue
+            for connection in self._lives.connections(identity):
+                try:
+                    self._socket.send_multipart([connection, *_PING], zmq.NOBLOCK)
+                except zmq.Again:
+                    continue  # there, and busy with what was sent before
+                except zmq.ZMQError as error:
+                    self._lose(identity, f"Lost the connection to the decode server ({error}).")
+                    break
         self._observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
         self._peers.discard(identity)
+        self._lives.forget(identity)
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
             for key, early in self._early.items():
@@ -247,7 +255,11 @@ class SendingEndpoint(SocketLoop):
                 self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_place_of(parts)))
                 continue
             try:
-                self._dispatch(identity, wire.parse(parts))
+                frame = wire.parse(parts)
+                if frame.kind is Kind.PING:
+                    self._lives.hear(identity)
+                    continue
+                self._dispatch(identity, frame)
                 if len(self._peers) < MAX_PEERS:
                     self._peers.add(identity)
             except wire.VersionError as error:

@@ -70,7 +70,7 @@ class Kind(IntEnum):
     DONE = 6
     STOP = 7
     EXPECT = 8  # decode to prefill: an ASK for this room will follow when there is memory for its KV
-    PING = 9  # prefill to decode: nothing; sending it shows whether the connection is still there
+    PING = 9  # nothing: shows whether a connection is there, and to prefill, which one pings go over
 
 
 @dataclass(frozen=True)
