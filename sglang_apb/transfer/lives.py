@@ -7,6 +7,7 @@ threads do, so that a server that is stopped in its first second is noticed, too
 from __future__ import annotations
 
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 
 from sglang_apb.transfer.loop import PING_MS, SILENCE_MS
@@ -14,6 +15,8 @@ from sglang_apb.transfer.loop import PING_MS, SILENCE_MS
 _SUFFIX = b" life"
 _BY_ZMQ_S = 1.5 * PING_MS / 1000
 _SILENCE_S = (PING_MS + SILENCE_MS) / 1000
+# A connection for pings is made together with one for KV. Alone, it is nobody's.
+_ALONE_S = 60.0
 
 
 def life_of(identity: bytes) -> bytes:
@@ -53,6 +56,13 @@ class Lives:
         if life is None or life.heard > life.made + _BY_ZMQ_S:
             return False
         return time.monotonic() - life.heard > _SILENCE_S
+
+    def forget_strangers(self, peers: Container[bytes]) -> None:
+        """Those who have never asked for anything, after a while."""
+        now = time.monotonic()
+        for identity, life in list(self._lives.items()):
+            if identity not in peers and now - life.made > _ALONE_S:
+                del self._lives[identity]
 
     def forget(self, identity: bytes) -> None:
         self._lives.pop(identity, None)

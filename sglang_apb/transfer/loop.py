@@ -119,6 +119,14 @@ def guard(socket: zmq.Socket, max_bytes: int) -> None:
     `max_bytes`."""
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes + _ENCRYPTION_BYTES)
     socket.setsockopt(zmq.HANDSHAKE_IVL, PING_MS + SILENCE_MS)
+    # A host that is gone never closes its connections: what nobody sends over any more is closed after 90 s.
+    for option, value in (
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, 60),
+        (zmq.TCP_KEEPALIVE_INTVL, 10),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+    ):
+        socket.setsockopt(option, value)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, PING_MS + SILENCE_MS)
 
 

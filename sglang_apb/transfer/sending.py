@@ -169,6 +169,7 @@ class SendingEndpoint(SocketLoop):
                 except zmq.ZMQError as error:
                     self._lose(identity, f"Lost the connection to the decode server ({error}).")
                     break
+        self._lives.forget_strangers(self._peers)
         self._observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
