@@ -10,7 +10,10 @@ import pytest
 from hostile import FRAMES, FakePrefill, honest_frames
 from transfer_peers import cluster, received, rows
 
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.receiving import ReceiveState
+from sglang_apb.transfer.wire import Kind, Stop
 
 
 @pytest.mark.parametrize("dropped", range(9))
@@ -53,6 +56,21 @@ def test_frames_of_another_attempt_or_room_are_ignored() -> None:
         for frame in honest_frames(room, attempt):
             prefill.send(frame)
         assert received(decode)
+
+
+def test_a_decode_server_answers_pings_and_nothing_else() -> None:
+    """Two sides that answered everything would never end: a prefill rank tells one whose key was revoked so."""
+    with cluster() as peers, FakePrefill() as prefill:
+        peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        prefill.wait_for_ask()
+        prefill.identity = life_of(prefill.identity)
+        while prefill.socket.poll(500):  # its first ping
+            prefill.socket.recv_multipart()
+        for frame in (wire.pack_message(Stop("no"), 0, 0), [b"x"], [b""], wire.pack(Kind.DONE, 1, 2)):
+            prefill.send(frame)
+        assert not prefill.socket.poll(300)
+        prefill.send(wire.pack(Kind.PING, 0, 0))
+        assert prefill.socket.poll(2000)
 
 
 @pytest.mark.parametrize("side", fuzz_transfer.SIDES)

@@ -246,9 +246,13 @@ class ReceivingEndpoint(SocketLoop):
         return socket
 
     def _answer_ping(self, life: zmq.Socket) -> None:
-        while receive(life) is not None:
-            with contextlib.suppress(zmq.ZMQError):  # gone, which its monitor says
-                life.send_multipart(_PING, zmq.NOBLOCK)
+        """Pings only: two sides that answered everything would never end."""
+        for _ in range(MAX_FRAMES_A_TURN):
+            if life.closed or (parts := receive(life)) is None:
+                return
+            with contextlib.suppress(WireError, zmq.ZMQError):  # gone: its monitor says so
+                if wire.parse(buffers(parts)).kind is Kind.PING:
+                    life.send_multipart(_PING, zmq.NOBLOCK)
 
     def _watch_connection(self, peer: _Peer, monitor: zmq.Socket) -> None:
         event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
