@@ -3,7 +3,8 @@
 Stage 1, `register`: SGLang calls it in every process before it reads its command line. It adds our options
 and listens for ServerArgs; nothing else of SGLang is touched.
 Stage 2, `install`: called once the server's arguments are known, in the parent and in every rank process,
-and only when an option of ours is used.
+and only when an option of ours is used. `patches/last_layer.py` hooks a module of the loaded model, not a
+function; `patches/prefill_forward.py` installs it with the prefill backend.
 """
 
 from __future__ import annotations

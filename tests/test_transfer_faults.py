@@ -57,8 +57,8 @@ def decode_server(pipe: Connection, port: int, stage: str) -> None:
     pipe.recv()
 
 
-def prefill_server(pipe: Connection) -> None:
-    """Serves room 1: announces and sends its first layer when it is asked; goes on with the others when told to."""
+def announce_room_1(pipe: Connection) -> tuple[SendingEndpoint, SendRoom]:
+    """A prefill server that has been asked for room 1, and has announced its pages."""
     sender = SendingEndpoint("127.0.0.1")
     sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
     room = sender.open(1)
@@ -66,6 +66,12 @@ def prefill_server(pipe: Connection) -> None:
     while not asked(room):
         pass
     sender.announce(room, [(0, 20)])
+    return sender, room
+
+
+def prefill_server(pipe: Connection) -> None:
+    """Sends room 1's first layer when it is asked; goes on with the others when told to."""
+    sender, room = announce_room_1(pipe)
     sender.send_pages(room, (0, 20), IDS.copy, [0])
     pipe.recv()
     sender.send_pages(room, (0, 20), IDS.copy, [1, 2])
@@ -76,13 +82,7 @@ def prefill_server(pipe: Connection) -> None:
 
 def prefill_server_in_pieces(pipe: Connection) -> None:
     """Sends room 1 in more frames than a decode server takes before it has looked at any."""
-    sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(make_pages(1), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
-    room = sender.open(1)
-    pipe.send(sender.port)
-    while not asked(room):
-        pass
-    sender.announce(room, [(0, 20)])
+    sender, room = announce_room_1(pipe)
     for page in range(20):
         sender.send_pages(room, (page, page + 1), IDS[page : page + 1].copy, range(3))
     pipe.recv()
