@@ -20,6 +20,7 @@ def _keep_report(self: Any, decode_req: Any) -> None:
         report = info | {
             "kv_bytes": num_ranks * receiver.num_bytes,
             "kv_bytes_hidden": num_ranks * receiver.num_hidden_bytes,
+            "kv_data_plane": receiver.data_plane,
         }
         if "attention_share" in report:  # a text on the wire
             report["attention_share"] = float(report["attention_share"])

@@ -19,7 +19,7 @@ import psutil
 from hostile import FRAMES, FakeDecode, FakePrefill
 from transfer_peers import Cluster, asked, cluster, received, rows, send_owned, wait_for
 
-from sglang_apb.transfer.receiving import ReceiveState
+from sglang_apb.transfer.inbox import ReceiveState
 
 A_ROUND = 1000
 # Python keeps some of what it took; a leak of 400 bytes a frame would show in 100,000 frames.

@@ -25,9 +25,11 @@ import numpy as np
 import psutil
 from transfer_peers import AUX_LENS, COMPAT, HEADS, NUM_LAYERS, NUM_POOL_PAGES, make_pages, rows, send_owned
 
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 NUM_PREFILL, NUM_DECODE, NUM_AT_ONCE = 4, 2, 8

@@ -1,7 +1,7 @@
 """Every Triton kernel against its torch reference: on a GPU, and in Triton's interpreter on any machine.
 
 Triton decides at import whether it interprets, for its own functions too, so that run is a process of its own:
-this file again, with TRITON_INTERPRET=1.
+this file again, and test_page_kernels.py, with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from sglang_apb.kernels import merge, pack, pages, scores, select
+from sglang_apb.kernels import merge, pack, scores, select
 from sglang_apb.kernels.candidates import Candidates
 
 from sglang_apb.layout import Span
-from sglang_apb.transfer.pages import HostPages
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,7 +45,8 @@ NUM_ROWS = 300
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_kernels_in_tritons_interpreter() -> None:
     whole_layer = Path(__file__).with_name("test_sparse_attention.py")
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_page_kernels.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files]
     command += [f"{whole_layer}::{name}" for name in ("test_one_rank_equals_the_oracle", "TestGuards")]
     # No GPU: the interpreter copies what it finds there.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -306,78 +305,6 @@ class TestMerge:
         wanted = partials.merged("reference")[0]
         partials.lses = [lse / math.log(2) for lse in partials.lses]
         assert (partials.merged(device)[0] - wanted).abs().max() > 100 * PRECISION[torch.float32]
-
-
-PAGE_SIZES = {
-    "16-byte words": [64, 64, 64],
-    "2-byte words": [6, 6],
-    "different sizes": [48, 160, 16],
-    "one odd size": [48, 50],
-    "several columns": [pages.TILE_BYTES + 32],
-    "several columns, narrow": [pages.TILE_BYTES + 2],
-}
-NUM_PAGES = 9
-
-
-def random_pool(sizes: list[int], device: str = "cpu") -> pages.PageBuffers:
-    generator = torch.Generator().manual_seed(7)
-    drawn = [torch.randint(256, (NUM_PAGES, size), generator=generator, dtype=torch.uint8) for size in sizes]
-    return pages.PageBuffers.of([buffer.to(device) for buffer in drawn])
-
-
-def payload_of(pool: pages.PageBuffers, num_ids: int) -> torch.Tensor:
-    return torch.zeros(num_ids * sum(pool.item_lens), dtype=torch.uint8, device=pool.table.device)
-
-
-class TestPages:
-    def test_reference_is_the_transfers(self) -> None:
-        sizes, ids = [48, 160, 16], torch.tensor([7, 0, 3])
-        pool = random_pool(sizes)
-        host = HostPages([buffer.flatten().numpy() for buffer in pool.buffers], sizes)
-        payload = payload_of(pool.part(1, 2), 3)
-        pages.gather_pages_reference(pool.part(1, 2), ids, payload)
-        assert np.array_equal(payload.numpy(), host.gather(1, 2, ids.numpy()))
-        pages.scatter_pages_reference(pool.part(1, 2), ids + 1, payload)
-        assert torch.equal(pool.buffers[2][[8, 1, 4]].flatten(), payload[3 * 160 :])
-
-    @on_device
-    @pytest.mark.parametrize("sizes", PAGE_SIZES.values(), ids=PAGE_SIZES)
-    @pytest.mark.parametrize("ids", [[], [3], [8, 0, 5, 1]], ids=str)
-    def test_kernel(self, device: str, sizes: list[int], ids: list[int]) -> None:
-        here, there = random_pool(sizes), random_pool(sizes, device)
-        index = torch.tensor(ids, dtype=torch.int64)
-        wanted, found = payload_of(here, len(ids)), payload_of(there, len(ids))
-        pages.gather_pages_reference(here, index, wanted)
-        pages.gather_pages_triton(there, index.to(device), found)
-        assert torch.equal(found.cpu(), wanted)
-        pages.scatter_pages_reference(here, (index + 1) % NUM_PAGES, wanted)
-        pages.scatter_pages_triton(there, ((index + 1) % NUM_PAGES).to(device), found)
-        for buffer, other in zip(here.buffers, there.buffers, strict=True):
-            assert torch.equal(other.cpu(), buffer)
-
-    @on_device
-    def test_payload_that_is_not_aligned_and_part_of_a_pool(self, device: str) -> None:
-        here, there = random_pool([48, 160, 16]).part(1, 2), random_pool([48, 160, 16], device).part(1, 2)
-        ids = torch.tensor([2, 6])
-        wanted, found = payload_of(here, 2), torch.zeros(2 * 176 + 2, dtype=torch.uint8, device=device)[2:]
-        pages.gather_pages_reference(here, ids, wanted)
-        pages.gather_pages_triton(there, ids.to(device), found)
-        assert torch.equal(found.cpu(), wanted)
-
-    @on_device
-    def test_another_order_of_pages_is_noticed(self, device: str) -> None:
-        here, there = random_pool([64, 64]), random_pool([64, 64], device)
-        wanted, found = payload_of(here, 2), payload_of(there, 2)
-        pages.gather_pages_reference(here, torch.tensor([1, 2]), wanted)
-        pages.gather_pages_triton(there, torch.tensor([2, 1], device=device), found)
-        assert not torch.equal(found.cpu(), wanted)
-
-    def test_pages_and_payloads_that_do_not_fit_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="even size"):
-            random_pool([7])
-        pool = random_pool([8])
-        with pytest.raises(ValueError, match="2 pages of 8 bytes do not fill 8 bytes"):
-            pages.gather_pages_triton(pool, torch.tensor([0, 1]), payload_of(pool, 1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="8 GB, and slow there")

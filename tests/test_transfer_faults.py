@@ -29,8 +29,9 @@ from transfer_peers import (
     wait_for,
 )
 
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.outbox import SendRoom, SendState
-from sglang_apb.transfer.receiving import ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 PROMISE_S = 5.0

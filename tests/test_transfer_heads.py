@@ -14,9 +14,11 @@ from transfer_peers import AUX_LENS, COMPAT, make_pages, received, wait_for
 
 from sglang_apb.transfer.fan_out import FanOut
 from sglang_apb.transfer.heads import HeadPages, Shares, heads_of, overlap
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 NUM_HEADS, PAGE_SIZE, NUM_PAGES, NUM_LAYERS = 4, 2, 60, 2

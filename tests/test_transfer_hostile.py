@@ -11,8 +11,8 @@ from hostile import FRAMES, FakePrefill, honest_frames
 from transfer_peers import cluster, received, rows
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.lives import life_of
-from sglang_apb.transfer.receiving import ReceiveState
 from sglang_apb.transfer.wire import Kind, Stop
 
 

@@ -34,10 +34,11 @@ from sglang_apb.transfer import directory, wire
 from sglang_apb.transfer.bootstrap import BACKEND, KEY_HEADER
 from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import Lookup
+from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.keys import Keys, create, load
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import BLOCK_BYTES
-from sglang_apb.transfer.receiving import ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.wire import Ask, Kind
 

@@ -25,9 +25,9 @@ from transfer_peers import (
 )
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.receiving import ReceiveState
 from sglang_apb.transfer.wire import Ask, Stop
 
 ZIGZAG: dict[int, list[list[PageRange]]] = {

@@ -15,8 +15,10 @@ from lossy_link import HERE, Link
 from test_transfer_faults import IDS, PROMISE_S, child, never
 from transfer_peers import AUX_LENS, COMPAT, HEADS, make_pages, rows, wait_for
 
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendRoom, SendState
-from sglang_apb.transfer.receiving import Address, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 POOL_SEED = 1

@@ -10,13 +10,17 @@ from functools import partial
 
 import numpy as np
 
-from sglang_apb.transfer import ownership
+from sglang_apb.transfer import ownership, wire
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.direct import DirectError, Memory
+from sglang_apb.transfer.heads import PagesByHeads
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
@@ -65,18 +69,65 @@ class Cluster:
         return self.receiver.open(room, self.addresses, np.asarray(ids, np.int64), aux_index)
 
 
+class SharedPages:
+    """In place of CUDA's handles: the number of a pool in this process."""
+
+    def __init__(self) -> None:
+        self._pools: list[HostPages] = []
+        self.before_pull: Callable[[], None] = lambda: None
+        self.closed: list[HostPages] = []
+
+    def memory(self, pages: HostPages, heads: range = HEADS) -> Memory:
+        self._pools.append(pages)
+        handle = str(len(self._pools) - 1).encode()
+        places = [(0, 0)] * len(pages.item_lens)
+        edges = heads.start, heads.stop
+        return Memory(wire.VERSION, [handle], places, list(pages.item_lens), pages.num_pages, edges)
+
+    def map(self, memory: Memory, pages: HostPages, heads: range = HEADS, page_size: int = 1) -> _SharedPool:
+        if not memory.handles:
+            raise DirectError("no handle")
+        there = self._pools[int(memory.handles[0])]
+        return _SharedPool(self, there, range(*memory.heads), pages, heads, page_size)
+
+
+class _SharedPool:
+    def __init__(
+        self, shared: SharedPages, there: HostPages, theirs: range, here: HostPages, ours: range, page_size: int
+    ) -> None:
+        self.num_pages = there.num_pages
+        self._shared, self._there = shared, there
+        self._sides = PagesByHeads(there, theirs, page_size), PagesByHeads(here, ours, page_size)
+
+    def pull(self, part: range, block: wire.Block, source_ids: np.ndarray, target_ids: np.ndarray) -> None:
+        self._shared.before_pull()
+        source, target = (side.of(part) for side in self._sides)
+        payload = source.gather(block.first_buffer, block.num_buffers, source_ids)
+        target.scatter(block.first_buffer, block.num_buffers, target_ids, payload.data)
+
+    def close(self) -> None:
+        self._shared.closed.append(self._there)
+
+
 @contextlib.contextmanager
 def cluster(
-    num_ranks: int = 1, compat: Compat = COMPAT, prefill_keys: Keys | None = None, decode_keys: Keys | None = None
+    num_ranks: int = 1,
+    compat: Compat = COMPAT,
+    prefill_keys: Keys | None = None,
+    decode_keys: Keys | None = None,
+    shared: SharedPages | None = None,
+    must_map: bool = False,
 ) -> Iterator[Cluster]:
+    """With `shared`, prefill offers pages, and decode reads them where they lie."""
     pools = [make_pages(100 + rank) for rank in range(num_ranks)]
     auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
     senders = [SendingEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
     pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
-    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys)
+    mapper = partial(shared.map, pages=pool) if shared else None
+    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys, map_memory=mapper, must_map=must_map)
     receiver.start()
     for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
-        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS)
+        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS, shared.memory(rank_pool) if shared else None)
     try:
         yield Cluster(senders, pools, auxes, receiver, pool, aux)
     finally:

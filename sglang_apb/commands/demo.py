@@ -108,7 +108,7 @@ def describe(answer: Answer) -> str:
         "ranks": prefill.get("num_ranks", "unknown"),
         "blocks": prefill.get("num_blocks", "unknown"),
         "attention work": _formatted(prefill.get("attention_share"), "{:.0%} of exact attention's"),
-        "KV sent": _formatted(prefill.get("kv_bytes"), "{:,} bytes over zmq"),
+        "KV sent": _formatted(prefill.get("kv_bytes"), f"{{:,}} bytes over {prefill.get('kv_data_plane', 'zmq')}"),
         "during prefill": _formatted(prefill.get("kv_bytes_hidden"), "{:,} of them"),
     }
     return "\n".join(f"{name:<20} {value}" for name, value in lines.items())

@@ -10,6 +10,8 @@ from sglang_apb.settings import ConfigError, setting
 # The value of `--disaggregation-transfer-backend` that is ours.
 BACKEND = "zmq"
 OPTION = "--kv-transfer-config"
+ZMQ, CUDA_IPC = "zmq", "cuda_ipc"
+_PLANES = ("auto", ZMQ, CUDA_IPC)
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class TransferConfig:
     peers: str | None = setting(None, "folder with the public keys of the servers that it may talk to")
     allow_unencrypted: bool = setting(False, "let KV leave this machine without keys")
 
+    data_plane: str = setting(
+        "auto",
+        "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
+        "server's memory: one machine, one user), or auto, cuda_ipc where it works",
+    )
     contact_seconds: float = setting(
         30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"
     )
@@ -29,6 +36,8 @@ class TransferConfig:
                 raise ConfigError(f"{name} of {OPTION} must be a path, not {value!r}")
         if not isinstance(self.allow_unencrypted, bool):
             raise ConfigError(f"allow_unencrypted of {OPTION} must be true or false, not {self.allow_unencrypted!r}")
+        if self.data_plane not in _PLANES:
+            raise ConfigError(f"data_plane of {OPTION} must be one of {', '.join(_PLANES)}, not {self.data_plane!r}")
         seconds = self.contact_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise ConfigError(f"contact_seconds of {OPTION} must be a number of seconds above 0, not {seconds!r}")

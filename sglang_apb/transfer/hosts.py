@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+from typing import NamedTuple
+
+
+class Address(NamedTuple):
+    """Where a prefill rank listens, and its server's public key ("" without)."""
+
+    host: str
+    port: int
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def listening_host(host: str) -> str:

@@ -13,10 +13,10 @@ from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 
-from sglang_apb.transfer import hosts, keys
+from sglang_apb.transfer import hosts, keys, planes
 from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
-from sglang_apb.transfer.config import TransferConfig
+from sglang_apb.transfer.config import CUDA_IPC, TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.heads import Shares, heads_of
 from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
@@ -45,7 +45,7 @@ class ZmqKVManager(CommonKVManager):
     ):
         _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
         transfer: TransferConfig = server_args.plugin_options.transfer()
-        self.contact_seconds = transfer.contact_seconds
+        self.contact_seconds, self._data_plane = transfer.contact_seconds, transfer.data_plane
         self._keys = keys.load(transfer)
         with _local_ip(hosts.listening_host(server_args.host)):
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
@@ -67,7 +67,8 @@ class ZmqKVManager(CommonKVManager):
     def start(self, pool: Any, model_config: Any) -> None:
         """Starts moving pages of `pool` (SGLang's KV pool) for the model of `model_config` (its ModelConfig).
 
-        Raises ValueError when the pool is not one buffer of keys and one of values a layer.
+        Raises ValueError when the pool is not one buffer of keys and one of values a layer, or cannot be moved as
+        `data_plane` says.
         """
         args = self.kv_args
         k_buffers, v_buffers = (list(getattr(pool, name, None) or ()) for name in ("k_buffer", "v_buffer"))
@@ -82,10 +83,14 @@ class ZmqKVManager(CommonKVManager):
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
-            self.sending.start_sending(pages, aux, compat, self._heads)
+            memory = planes.memory_to_offer(pages, self._heads, self._data_plane)
+            self.sending.start_sending(pages, aux, compat, self._heads, memory)
         else:
             self.receiving = ReceivingEndpoint(
-                pages, aux, compat, self._heads, self._keys, with_metrics=self.server_args.enable_metrics
+                *(pages, aux, compat, self._heads, self._keys),
+                with_metrics=self.server_args.enable_metrics,
+                map_memory=planes.mapper(pages, self._heads, args.page_size, self._data_plane),
+                must_map=self._data_plane == CUDA_IPC,
             )
             self.receiving.start()
             self._start_heartbeat_checker_thread()

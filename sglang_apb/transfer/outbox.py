@@ -55,6 +55,7 @@ class SendRoom:
     closed: bool = False
     num_bytes: int = 0
     num_hidden_bytes: int = 0
+    is_offered: bool = False  # of its pages, some are read where they lie
     started: float = 0.0
     finished: float = 0.0
     outbox: deque[Parcel] = field(default_factory=deque)

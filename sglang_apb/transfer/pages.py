@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_apb.transfer.wire import Block, Buffer
+from sglang_apb.transfer.wire import Block, Buffer, PageIds
 
-PageIds: TypeAlias = npt.NDArray[np.int64]
 # For ids that a GPU has to say: called when the bytes are final.
 PageIdsLater: TypeAlias = Callable[[], PageIds]
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -26,6 +25,10 @@ T = TypeVar("T")
 
 # Measured best for DEALER/ROUTER over TCP: 1 to 2 MB. Smaller ones cost calls, larger ones leave the caches.
 BLOCK_BYTES = 1 << 20
+# A block that is only offered costs one launch, and a message: 3 ms over NVLink.
+OFFER_BYTES = 1 << 30
+# So that an offer, which has 4 bytes a page, is no longer than a block of data.
+MAX_BLOCK_PAGES = BLOCK_BYTES // 4
 
 
 class Pages(Protocol):
@@ -145,15 +148,27 @@ def in_layers(keys: Sequence[T], values: Sequence[T]) -> list[T]:
     return [buffer for layer in zip(keys, values, strict=True) for buffer in layer]
 
 
-def layer_buffers(layer: int) -> range:
-    return range(2 * layer, 2 * layer + 2)
+def layer_buffers(layers: Sequence[int]) -> list[range]:
+    """The buffers of `layers`, which are in order: one range for each run of layers that follow each other."""
+    runs: list[range] = []
+    for layer in layers:
+        if runs and runs[-1].stop == 2 * layer:
+            runs[-1] = range(runs[-1].start, 2 * layer + 2)
+        else:
+            runs.append(range(2 * layer, 2 * layer + 2))
+    return runs
 
 
-def plan_blocks(item_lens: Sequence[int], buffers: range, first_page: int, num_pages: int) -> Iterator[Block]:
-    """Cuts [first_page, first_page + num_pages) of `buffers` into blocks of about BLOCK_BYTES."""
+def plan_blocks(
+    item_lens: Sequence[int], buffers: range, first_page: int, num_pages: int, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Block]:
+    """Cuts [first_page, first_page + num_pages) of `buffers` into blocks of about `block_bytes`.
+
+    No block has more than MAX_BLOCK_PAGES pages.
+    """
     largest = max(item_lens[buffer] for buffer in buffers)
-    pages_per_block = min(num_pages, max(1, BLOCK_BYTES // largest))
-    buffers_per_block = max(1, BLOCK_BYTES // (largest * pages_per_block))
+    pages_per_block = min(num_pages, max(1, block_bytes // largest), MAX_BLOCK_PAGES)
+    buffers_per_block = max(1, block_bytes // (largest * pages_per_block))
     for buffer in range(buffers.start, buffers.stop, buffers_per_block):
         num_buffers = min(buffers_per_block, buffers.stop - buffer)
         for page in range(0, num_pages, pages_per_block):

@@ -10,9 +10,11 @@ import numpy.typing as npt
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
 
+from sglang_apb.transfer.config import CUDA_IPC, ZMQ
 from sglang_apb.transfer.heads import Shares
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.manager import ZmqKVManager
-from sglang_apb.transfer.receiving import Address, ReceiveRoom, ReceiveState
 
 
 class ZmqKVReceiver(CommonKVReceiver):
@@ -37,6 +39,11 @@ class ZmqKVReceiver(CommonKVReceiver):
     def num_hidden_bytes(self) -> int:
         """KV bytes that the ranks had sent before their prefill ended."""
         return self._room.assembly.num_hidden_bytes if self._room else 0
+
+    @property
+    def data_plane(self) -> str:
+        """How the pages came; "cuda_ipc" if any were read where they lay."""
+        return CUDA_IPC if self._room and self._room.is_pulled else ZMQ
 
     @property
     def seconds(self) -> float:

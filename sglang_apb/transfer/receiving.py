@@ -8,10 +8,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import zmq
@@ -20,7 +19,10 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
 from sglang_apb.transfer.heads import PagesByHeads, Shares
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
@@ -44,55 +46,8 @@ _LOST = (
 _PING = wire.pack(Kind.PING, 0, 0)
 
 
-class Address(NamedTuple):
-    """Where a prefill rank listens, and its server's public key ("" without)."""
-
-    host: str
-    port: int
-    key: str = ""
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class ReceiveState(Enum):
-    RECEIVING = "waiting for KV"
-    COMPLETE = "every byte of every rank and the first token are there"
-    FAILED = "failed"
-
-
 def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
     return tuple(Address(*rank) for rank in ranks)
-
-
-@dataclass(eq=False)
-class ReceiveRoom:
-    """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets, and
-    `sources[i]` the heads of them that rank i brings.
-
-    `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
-    """
-
-    room: int
-    attempt: int
-    ranks: tuple[Address, ...]
-    pages: PageIds
-    aux_index: int
-    assembly: Assembly
-    sources: tuple[Pages, ...]
-    asker: int = 0
-    state: ReceiveState = ReceiveState.RECEIVING
-    reason: str = ""
-    closed: bool = False
-    lost_rank: bool = False
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    started: float = 0.0
-    finished: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """From the first byte to the last."""
-        return max(0.0, self.finished - self.started) if self.started else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +58,19 @@ class _Expected:
     on_lost: Callable[[str], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Peer:
-    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`)."""
+    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`).
+
+    `remote` is its pool, where that can be read as it lies.
+    """
 
     address: Address
     socket: zmq.Socket
     life: zmq.Socket
     monitors: tuple[zmq.Socket, ...]
+    remote: RemotePool | None = None
+    is_lost: bool = False
 
 
 class ReceivingEndpoint(SocketLoop):
@@ -123,9 +83,14 @@ class ReceivingEndpoint(SocketLoop):
         keys: Keys | None = None,
         *,
         with_metrics: bool = False,
+        map_memory: MapMemory | None = None,
+        must_map: bool = False,
     ):
-        """`pages` hold the model's KV `heads`."""
+        """`pages` hold the model's KV `heads`. With `map_memory`, pools of prefill ranks of this machine are read where
+        they lie; `must_map` refuses all others.
+        """
         super().__init__("kv-receiving", keys)
+        self._map_memory, self._must_map = map_memory, must_map
         self._observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
@@ -171,7 +136,7 @@ class ReceivingEndpoint(SocketLoop):
         sources = tuple(self._parts.of(part) for part in shares.of_ranks)
         assembly = Assembly(sources[0].item_lens if sources else (), len(pages), shares.part_of_rank)
         attempt = secrets.randbits(63) | 1
-        opened = ReceiveRoom(room, attempt, ranks, pages, aux_index, assembly, sources, shares.asker)
+        opened = ReceiveRoom(room, attempt, ranks, pages, aux_index, assembly, sources, shares.of_ranks, shares.asker)
         with self._lock:
             if room in self._rooms:
                 raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
@@ -233,7 +198,26 @@ class ReceivingEndpoint(SocketLoop):
         for each in (socket, life):
             each.connect(f"tcp://{address}")
         life.send_multipart(_PING, zmq.NOBLOCK)
+        if self._map_memory is not None:
+            mapping = partial(self._map_pool, peer, identity, self._map_memory)
+            threading.Thread(target=mapping, name="kv-mapping", daemon=True).start()
         return peer
+
+    def _map_pool(self, peer: _Peer, identity: bytes, map_memory: MapMemory) -> None:
+        try:
+            map_pool(str(peer.address), identity, map_memory, partial(self._keep_remote, peer))
+        except DirectError as error:
+            if self._must_map:
+                reason = f"The KV pool of prefill rank {peer.address} cannot be read where it lies: {error}."
+                self.call(partial(self._lose, peer.address, reason))
+            else:
+                logger.info("KV transfer: KV of prefill rank %s comes over zmq: %s", peer.address, error)
+
+    def _keep_remote(self, peer: _Peer, remote: RemotePool) -> None:
+        with self._lock:
+            peer.remote = remote
+            if peer.is_lost:
+                remote.close()
 
     def _dealer(self, address: Address, identity: bytes) -> zmq.Socket:
         socket = self.context.socket(zmq.DEALER)
@@ -265,6 +249,7 @@ class ReceivingEndpoint(SocketLoop):
         """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
         peer = self._peers.pop(address, None)
         if peer is not None:
+            self._unmap(peer)
             self._observer.has_peers(len(self._peers))
             for each, monitor in zip((peer.socket, peer.life), peer.monitors, strict=True):
                 each.disable_monitor()
@@ -278,6 +263,13 @@ class ReceivingEndpoint(SocketLoop):
             self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, reason)
+
+    def _unmap(self, peer: _Peer) -> None:
+        """A process that ends leaves its memory to those who have it mapped: its successor may need it."""
+        with self._lock:
+            peer.is_lost = True
+            if peer.remote is not None:
+                peer.remote.close()
 
     def _disappoint(self, room: int, reason: str) -> None:
         with self._lock:
@@ -309,29 +301,34 @@ class ReceivingEndpoint(SocketLoop):
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
             try:
-                self._take(room, room.ranks.index(peer.address), frame)
+                self._take(room, room.ranks.index(peer.address), frame, peer.remote)
             except TransferError as error:
                 self._fail(room, str(error), Cause.PEER if frame.kind is Kind.STOP else Cause.INCOMPLETE)
                 return
-        if room.state is ReceiveState.COMPLETE:
+            is_whole = room.assembly.complete
+            if is_whole and not room.unconfirmed:
+                self._finish(room)
+        if is_whole and frame.kind is not Kind.KEPT:
             self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt, asker=room.asker))
 
-    def _take(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
+    def _take(self, room: ReceiveRoom, rank: int, frame: Frame, remote: RemotePool | None) -> None:
         assembly = room.assembly
         if frame.kind is Kind.DATA:
             self._write(room, rank, frame)
+        elif frame.kind is Kind.OFFER:
+            self._pull(room, rank, frame, remote)
         elif frame.kind is Kind.ANNOUNCE:
             assembly.announce(rank, wire.parse_message(frame, Announce))
         elif frame.kind is Kind.AUX:
             self._take_aux(room, rank, frame)
         elif frame.kind is Kind.END:
             assembly.end(rank, wire.parse_message(frame, End))
+        elif frame.kind is Kind.KEPT:
+            room.confirm(rank)
         elif frame.kind is Kind.STOP:
             raise TransferError(wire.parse_message(frame, Stop).reason)
         else:
             raise WireError(f"{frame.kind.name} is not for a decode server")
-        if assembly.complete:
-            self._finish(room)
 
     def _write(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         room.started = room.started or time.monotonic()
@@ -342,6 +339,22 @@ class ReceivingEndpoint(SocketLoop):
         payload = frame.payload or b""
         source.scatter(block.first_buffer, block.num_buffers, ids, payload)
         room.assembly.add_block(rank, block, len(payload))
+
+    def _pull(self, room: ReceiveRoom, rank: int, frame: Frame, remote: RemotePool | None) -> None:
+        if remote is None:
+            raise WireError(f"rank {rank} offered pages, and its pool is not mapped here")
+        room.started = room.started or time.monotonic()
+        item_lens = room.sources[rank].item_lens
+        block, source_ids = wire.parse_offer(frame, len(item_lens), len(room.pages), remote.num_pages)
+        room.assembly.check_block(rank, block)
+        ids = room.pages[block.first_page : block.first_page + block.num_pages]
+        try:
+            remote.pull(room.parts[rank], block, source_ids, ids)
+        except RuntimeError as error:
+            raise TransferError(f"The KV pool of prefill rank {rank} could not be read: {error}") from error
+        room.is_pulled = True
+        room.unconfirmed.add(rank)
+        room.assembly.add_block(rank, block, wire.block_bytes(block, item_lens))
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         payload, expected = frame.payload or b"", sum(self._aux.item_lens)

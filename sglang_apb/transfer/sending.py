@@ -7,24 +7,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import msgspec
 import numpy as np
 import zmq
 
-from sglang_apb.transfer import wire
+from sglang_apb.transfer import blocks, wire
 from sglang_apb.transfer.compat import Compat, find_difference
+from sglang_apb.transfer.direct import Memory, MemoryServer
+from sglang_apb.transfer.early import Early, EarlyTable, Key
 from sglang_apb.transfer.heads import PagesByHeads, overlap
+from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.lives import Lives
 from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender_key
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import CudaPages, HostPages, PageIdsLater, Pages, layer_buffers, plan_blocks
+from sglang_apb.transfer.pages import CudaPages, HostPages, PageIdsLater, Pages, layer_buffers
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
@@ -33,24 +34,9 @@ logger = logging.getLogger(__name__)
 SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
 PROBE_MS = 500
-MAX_EARLY_ASKS = 1 << 13
 MAX_FRAMES_A_TURN = 64
 MAX_PEERS = 4096
 _PING = wire.pack(Kind.PING, 0, 0)
-
-Key: TypeAlias = tuple[int, int]  # room, asker
-
-
-@dataclass(frozen=True)
-class _Early:
-    """What a decode server said about a room that this side may not know yet (or, in `_given_up`, what this
-    side will answer when it is asked). A non-empty `reason` means failure."""
-
-    identity: bytes
-    frame: Frame
-    ask: Ask | None
-    reason: str
-    expires: float
 
 
 class SendingEndpoint(SocketLoop):
@@ -66,7 +52,10 @@ class SendingEndpoint(SocketLoop):
     ):
         super().__init__("kv-sending", keys)
         self._observer = Observer("prefill", with_metrics)
+        self._host = host
+        self._memory_server: MemoryServer | None = None
         self._peers: set[bytes] = set()
+        self._readers: set[bytes] = set()
         self._lives = Lives(MAX_PEERS)
         self._socket = self.context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
@@ -79,19 +68,32 @@ class SendingEndpoint(SocketLoop):
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         self._lock = threading.Lock()
         self._rooms: dict[Key, SendRoom] = {}
-        self._early: dict[Key, _Early] = {}
-        self._given_up: dict[Key, _Early] = {}
-        self._early_ask_seconds = early_ask_seconds
+        self._early = EarlyTable()
+        self._given_up = EarlyTable()
+        self._early_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
         self._num_waiting = 0
         self._next_probe = 0.0
 
-    def start_sending(self, pages: HostPages | CudaPages, aux: Pages, compat: Compat, heads: range) -> None:
-        """`pages` hold the model's KV `heads`."""
+    def start_sending(
+        self, pages: HostPages | CudaPages, aux: Pages, compat: Compat, heads: range, memory: Memory | None = None
+    ) -> None:
+        """`pages` hold the model's KV `heads`. Decode ranks that can map `memory` read pages where they lie.
+
+        Raises OSError when processes of this machine cannot be told of that memory.
+        """
         self._aux, self._compat, self._heads = aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
+        if memory is not None:
+            address = str(Address(self._host, self.port))
+            self._memory_server = MemoryServer(address, memory, lambda name: self.call(partial(self._add_reader, name)))
         self.watch(self._socket, self._receive_all)
         self.start()
+
+    def stop(self) -> None:
+        if self._memory_server is not None:
+            self._memory_server.stop()
+        super().stop()
 
     def open(self, room: int, asker: int = 0) -> SendRoom:
         """Raises ValueError when the room is open already."""
@@ -118,8 +120,8 @@ class SendingEndpoint(SocketLoop):
 
         Nothing is read, and `ids` not called, before `is_final` says that it may be.
         """
-        for layer in layers:
-            self._put(room, partial(self._blocks, room, pages, ids, layer), is_final)
+        for of_layers in layer_buffers(layers):
+            self._put(room, partial(self._blocks, room, pages, ids, of_layers), is_final)
 
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
         """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
@@ -175,13 +177,14 @@ class SendingEndpoint(SocketLoop):
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
         self._peers.discard(identity)
+        self._readers.discard(identity)
         self._lives.forget(identity)
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
             for key, early in self._early.items():
                 if early.identity == identity:
                     gone = Frame(Kind.STOP, key[0], 0, asker=key[1])
-                    self._early[key] = _Early(b"", gone, None, reason, early.expires)
+                    self._early[key] = Early(b"", gone, None, reason, early.expires)
         for room in rooms:
             self._fail(room, reason, Cause.LOST)
 
@@ -222,16 +225,13 @@ class SendingEndpoint(SocketLoop):
             self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
             return None
 
-    def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, layer: int) -> Frames:
-        first_page, end_page = pages
-        ids_of_pages = ids()
-        pool = self._part_for(room)
-        for block in plan_blocks(pool.item_lens, layer_buffers(layer), first_page, end_page - first_page):
-            start = block.first_page - first_page
-            ids_of_block = ids_of_pages[start : start + block.num_pages]
-            payload = pool.gather(block.first_buffer, block.num_buffers, ids_of_block)
-            room.num_bytes += payload.nbytes
-            yield wire.pack(Kind.DATA, room.room, room.attempt, block.pack(), payload.data, room.asker)
+    def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, of_layers: range) -> Frames:
+        how = blocks.offered if room.identity in self._readers else blocks.sent
+        yield from how(room, self._part_for(room), of_layers, pages, ids())
+
+    def _add_reader(self, identity: bytes) -> None:
+        if len(self._readers) < MAX_PEERS:
+            self._readers.add(identity)
 
     def _part_for(self, room: SendRoom) -> Pages:
         """This rank's pages, or only those heads of them that the decode rank's pages have."""
@@ -268,7 +268,7 @@ class SendingEndpoint(SocketLoop):
                     f"The decode server speaks wire version {error.version}, the prefill server "
                     f"{wire.VERSION}: install the same version of sglang-apb on both."
                 )
-                self._settle(self._early_of(identity, error.frame, reason))
+                self._settle(Early.of(identity, error.frame, self._early_seconds, reason))
             except WireError as error:
                 self._observer.refused_frame("a decode server", error)
 
@@ -278,11 +278,11 @@ class SendingEndpoint(SocketLoop):
             reason = find_difference(self._compat, ask.compat) or self._find_no_heads(ask)
             # What is kept must be small, whatever was sent: not the frame's body, nor lists that do not fit.
             kept = None if reason else msgspec.structs.replace(ask, compat=self._compat)
-            self._settle(self._early_of(identity, frame, reason, kept))
+            self._settle(Early.of(identity, frame, self._early_seconds, reason, kept))
         elif frame.kind is Kind.EXPECT:
-            self._settle(self._early_of(identity, frame))
+            self._settle(Early.of(identity, frame, self._early_seconds))
         elif frame.kind is Kind.STOP:
-            self._settle(self._early_of(identity, frame, wire.parse_message(frame, Stop).reason))
+            self._settle(Early.of(identity, frame, self._early_seconds, wire.parse_message(frame, Stop).reason))
         elif frame.kind is Kind.DONE:
             self._complete(identity, frame)
         else:
@@ -296,14 +296,14 @@ class SendingEndpoint(SocketLoop):
             f"[{self._heads.start}, {self._heads.stop})."
         )
 
-    def _settle(self, early: _Early) -> None:
+    def _settle(self, early: Early) -> None:
         """Applies what a decode server says now, or keeps it until the room is opened here."""
         key = early.frame.key
         with self._lock:
             room = self._rooms.get(key)
             given_up = self._given_up.get(key)
-            if room is None and given_up is None and self._is_news(early):
-                _keep(self._early, key, early)
+            if room is None and given_up is None and self._early.is_news(early):
+                self._early.keep(early)
         reason = early.reason or (given_up.reason if given_up else "")
         if room is not None:
             self._apply(room, early)
@@ -311,14 +311,7 @@ class SendingEndpoint(SocketLoop):
             frame = early.frame
             self._reply(early.identity, wire.pack_message(Stop(reason), frame.room, frame.attempt, frame.asker))
 
-    def _is_news(self, early: _Early) -> bool:
-        """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
-        frame, before = early.frame, self._early.get(early.frame.key)
-        if frame.kind is Kind.EXPECT:
-            return before is None
-        return frame.kind is Kind.ASK or frame.attempt == 0 or _same_ask(before, early)
-
-    def _apply(self, room: SendRoom, early: _Early, was_early: bool = False) -> None:
+    def _apply(self, room: SendRoom, early: Early, was_early: bool = False) -> None:
         if early.frame.kind is Kind.EXPECT:
             if room.state is SendState.UNASKED:
                 room.identity = early.identity
@@ -344,6 +337,8 @@ class SendingEndpoint(SocketLoop):
         if room is None or (room.identity, room.attempt) != (identity, frame.attempt):
             return
         if room.state is SendState.ASKED:
+            if room.is_offered:  # until here they were this request's: `close` comes before they are freed
+                self._reply(identity, wire.pack(Kind.KEPT, room.room, room.attempt, asker=room.asker))
             room.finished = time.monotonic()
             room.state = SendState.DONE
             self._observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
@@ -359,10 +354,11 @@ class SendingEndpoint(SocketLoop):
 
     def _give_up(self, room: SendRoom, reason: str) -> None:
         """Who asks for a room that is gone, perhaps over a new connection, is told why."""
-        given_up = self._early_of(b"", Frame(Kind.STOP, room.room, 0, asker=room.asker), reason)
+        gone = Frame(Kind.STOP, room.room, 0, asker=room.asker)
+        given_up = Early.of(b"", gone, self._early_seconds, reason)
         with self._lock:
             if room.key not in self._rooms:
-                _keep(self._given_up, room.key, given_up)
+                self._given_up.keep(given_up)
 
     def _fail(self, room: SendRoom, reason: str, cause: Cause) -> None:
         if room.state in (SendState.ASKED, SendState.UNASKED):
@@ -377,11 +373,6 @@ class SendingEndpoint(SocketLoop):
         except zmq.ZMQError as error:
             logger.debug("KV transfer: a decode server did not take a reply: %s", error)
 
-    def _early_of(self, identity: bytes, frame: Frame, reason: str = "", ask: Ask | None = None) -> _Early:
-        expires = time.monotonic() + self._early_ask_seconds
-        kept = Frame(frame.kind, frame.room, frame.attempt, asker=frame.asker)
-        return _Early(identity, kept, ask, reason[:2000], expires)
-
 
 def _place_of(parts: Sequence[Buffer]) -> tuple[int, int, int]:
     """Room, attempt and asker of what may be a frame."""
@@ -390,19 +381,3 @@ def _place_of(parts: Sequence[Buffer]) -> tuple[int, int, int]:
     except WireError:
         return 0, 0, 0
     return frame.room, frame.attempt, frame.asker
-
-
-def _same_ask(before: _Early | None, early: _Early) -> bool:
-    return before is not None and (before.identity, before.frame.attempt) == (early.identity, early.frame.attempt)
-
-
-def _keep(table: dict[Key, _Early], key: Key, early: _Early) -> None:
-    """Adds to a table in order of time, of which expired and surplus entries go."""
-    now = time.monotonic()
-    while table:
-        oldest = next(iter(table))
-        if table[oldest].expires > now and len(table) < MAX_EARLY_ASKS:
-            break
-        del table[oldest]
-    table.pop(key, None)
-    table[key] = early

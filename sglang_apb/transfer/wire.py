@@ -1,9 +1,9 @@
 """Frames between one prefill rank and one decode rank, and the checks on each of them.
 
-A frame is two or three ZMQ parts: header, body, and for DATA and AUX a payload of raw bytes.
+A frame is two or three ZMQ parts: header, body, and for DATA, AUX and OFFER a payload of raw bytes.
 
     header   magic "SAPB" | version u8 | kind u8 | asker u16 | room u64 | attempt u64 | checksum u64
-    body     DATA: four u32 (Block); ASK, ANNOUNCE, END, STOP: msgpack with bounded fields; else empty
+    body     DATA, OFFER: four u32 (Block); ASK, ANNOUNCE, END, STOP: msgpack with bounded fields; else empty
 
 `room` is SGLang's bootstrap room; of several decode ranks that one prefill rank serves, `asker` is the one. `attempt`
 is chosen by the decode side for each ask, so that a late frame of an earlier transfer in the same room is recognised.
@@ -20,13 +20,15 @@ from enum import IntEnum
 from typing import Annotated, TypeAlias, TypeVar
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import xxhash
 from msgspec import Meta
 
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 3
+VERSION = 4
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
@@ -37,8 +39,10 @@ MAX_INFO_ENTRIES = 16
 _HEADER = struct.Struct("!4sBBHQQQ")
 _CHECKSUM_AT = _HEADER.size - 8
 _BLOCK = struct.Struct("!IIII")
+_PAGE_IDS = np.dtype("<u4")
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+PageIds: TypeAlias = npt.NDArray[np.int64]
 
 HeadNumber = Annotated[int, Meta(ge=0, le=1 << 16)]
 PageNumber = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
@@ -71,11 +75,16 @@ class Kind(IntEnum):
     STOP = 7
     EXPECT = 8  # decode to prefill: an ASK for this room will follow when there is memory for its KV
     PING = 9  # nothing: shows whether a connection is there, and to prefill, which one pings go over
+    OFFER = 10  # prefill to decode: a block that is final and may be read where it lies (direct.py)
+    KEPT = 11  # prefill to decode: what was offered had not changed when DONE came
+
+
+_WITH_PAYLOAD = (Kind.DATA, Kind.AUX, Kind.OFFER)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame whose checksum is right. `payload` is None except for DATA and AUX."""
+    """A frame whose checksum is right. `payload` is None except for DATA, AUX and OFFER."""
 
     kind: Kind
     room: int
@@ -181,7 +190,7 @@ def parse(parts: Sequence[Buffer]) -> Frame:
         raise WireError(f"body of {len(parts[1])} bytes")
     if kind not in Kind.__members__.values():
         raise WireError(f"unknown kind {kind}")
-    if (len(parts) == MAX_PARTS) != (kind in (Kind.DATA, Kind.AUX)):
+    if (len(parts) == MAX_PARTS) != (kind in _WITH_PAYLOAD):
         raise WireError(f"{Kind(kind).name} with {len(parts)} parts")
     blank = bytes(header[:_CHECKSUM_AT]) + bytes(8)
     if _checksum(blank, parts[1:]) != checksum:
@@ -215,17 +224,44 @@ def parse_block(frame: Frame, item_lens: Sequence[int], num_pages: int) -> Block
     `item_lens` are the bytes of one page in each buffer of the pool. Raises WireError when the block reaches
     outside the pool's buffers or the request's pages, or the payload is not exactly as long as the block.
     """
-    if len(frame.body) != _BLOCK.size:
-        raise WireError(f"DATA: body of {len(frame.body)} bytes")
-    block = Block(*_BLOCK.unpack(frame.body))
-    if not (block.num_buffers >= 1 and block.first_buffer + block.num_buffers <= len(item_lens)):
-        raise WireError(f"DATA: {block} reaches outside {len(item_lens)} buffers")
-    if not (block.num_pages >= 1 and block.first_page + block.num_pages <= num_pages):
-        raise WireError(f"DATA: {block} reaches outside {num_pages} pages")
-    expected = block_bytes(block, item_lens)
-    if len(frame.payload or b"") != expected:
-        raise WireError(f"DATA: payload of {len(frame.payload or b'')} bytes, {block} has {expected}")
+    block = _block_of(frame, len(item_lens), num_pages)
+    _check_payload(frame, block, block_bytes(block, item_lens))
     return block
+
+
+def parse_offer(frame: Frame, num_buffers: int, num_pages: int, num_offered: int) -> tuple[Block, PageIds]:
+    """The block of an OFFER frame, and where its pages are in the sender's pool of `num_offered` pages.
+
+    Raises WireError as `parse_block` does, and when a page is not in that pool.
+    """
+    block = _block_of(frame, num_buffers, num_pages)
+    _check_payload(frame, block, block.num_pages * _PAGE_IDS.itemsize)
+    ids = np.frombuffer(frame.payload or b"", _PAGE_IDS).astype(np.int64)
+    if ids.max() >= num_offered:
+        raise WireError(f"OFFER: page {ids.max()} of a pool of {num_offered}")
+    return block, ids
+
+
+def pack_page_ids(ids: PageIds) -> bytes:
+    """The payload of an OFFER."""
+    return ids.astype(_PAGE_IDS).tobytes()
+
+
+def _block_of(frame: Frame, num_buffers: int, num_pages: int) -> Block:
+    name = frame.kind.name
+    if len(frame.body) != _BLOCK.size:
+        raise WireError(f"{name}: body of {len(frame.body)} bytes")
+    block = Block(*_BLOCK.unpack(frame.body))
+    if not (block.num_buffers >= 1 and block.first_buffer + block.num_buffers <= num_buffers):
+        raise WireError(f"{name}: {block} reaches outside {num_buffers} buffers")
+    if not (block.num_pages >= 1 and block.first_page + block.num_pages <= num_pages):
+        raise WireError(f"{name}: {block} reaches outside {num_pages} pages")
+    return block
+
+
+def _check_payload(frame: Frame, block: Block, expected: int) -> None:
+    if len(frame.payload or b"") != expected:
+        raise WireError(f"{frame.kind.name}: payload of {len(frame.payload or b'')} bytes, {block} has {expected}")
 
 
 def block_bytes(block: Block, item_lens: Sequence[int]) -> int:

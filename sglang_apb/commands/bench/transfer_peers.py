@@ -21,9 +21,10 @@ from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
 from sglang_apb.transfer import keys
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import TransferConfig
+from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import Bytes, HostPages, PageIds
-from sglang_apb.transfer.receiving import ReceiveState, ReceivingEndpoint
+from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
 HOST = "127.0.0.1"

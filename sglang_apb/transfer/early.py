@@ -1,0 +1,56 @@
+"""Prefill side: what decode ranks have said of requests that are not here yet, and what they are told of past ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from sglang_apb.transfer.wire import Ask, Frame, Kind
+
+MAX_REASON_CHARS = 2000
+_MAX_ENTRIES = 1 << 13
+
+Key: TypeAlias = tuple[int, int]  # room, asker
+
+
+@dataclass(frozen=True)
+class Early:
+    """What a decode rank said of a room. A non-empty `reason` means failure. Of the frame, its body is not kept."""
+
+    identity: bytes
+    frame: Frame
+    ask: Ask | None
+    reason: str
+    expires: float
+
+    @classmethod
+    def of(cls, identity: bytes, frame: Frame, seconds: float, reason: str = "", ask: Ask | None = None) -> Early:
+        """To be remembered for `seconds`."""
+        kept = Frame(frame.kind, frame.room, frame.attempt, asker=frame.asker)
+        return cls(identity, kept, ask, reason[:MAX_REASON_CHARS], time.monotonic() + seconds)
+
+
+class EarlyTable(dict[Key, Early]):
+    """In order of time: expired and surplus entries go when another comes."""
+
+    def keep(self, early: Early) -> None:
+        key, now = early.frame.key, time.monotonic()
+        while self:
+            oldest = next(iter(self))
+            if self[oldest].expires > now and len(self) < _MAX_ENTRIES:
+                break
+            del self[oldest]
+        self.pop(key, None)
+        self[key] = early
+
+    def is_news(self, early: Early) -> bool:
+        """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
+        frame, before = early.frame, self.get(early.frame.key)
+        if frame.kind is Kind.EXPECT:
+            return before is None
+        return frame.kind is Kind.ASK or frame.attempt == 0 or _same_ask(before, early)
+
+
+def _same_ask(before: Early | None, early: Early) -> bool:
+    return before is not None and (before.identity, before.frame.attempt) == (early.identity, early.frame.attempt)

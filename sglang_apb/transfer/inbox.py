@@ -1,0 +1,58 @@
+"""Decode side: one request's transfer, as far as it has come."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sglang_apb.transfer.assembly import Assembly
+from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.pages import Pages
+from sglang_apb.transfer.wire import PageIds, WireError
+
+
+class ReceiveState(Enum):
+    RECEIVING = "waiting for KV"
+    COMPLETE = "every byte of every rank and the first token are there"
+    FAILED = "failed"
+
+
+@dataclass(eq=False)
+class ReceiveRoom:
+    """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets, and
+    `sources[i]` the heads `parts[i]` of them that rank i brings.
+
+    `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
+    `unconfirmed` are ranks whose pages were read where they lie: each has to say that they had not changed.
+    """
+
+    room: int
+    attempt: int
+    ranks: tuple[Address, ...]
+    pages: PageIds
+    aux_index: int
+    assembly: Assembly
+    sources: tuple[Pages, ...]
+    parts: tuple[range, ...]
+    asker: int = 0
+    state: ReceiveState = ReceiveState.RECEIVING
+    reason: str = ""
+    closed: bool = False
+    lost_rank: bool = False
+    is_pulled: bool = False
+    unconfirmed: set[int] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    started: float = 0.0
+    finished: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """From the first byte to the last."""
+        return max(0.0, self.finished - self.started) if self.started else 0.0
+
+    def confirm(self, rank: int) -> None:
+        """Raises WireError when there is nothing to confirm."""
+        if not self.assembly.complete or rank not in self.unconfirmed:
+            raise WireError(f"rank {rank} confirmed pages that were not read where they lie")
+        self.unconfirmed.remove(rank)
