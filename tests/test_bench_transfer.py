@@ -27,7 +27,7 @@ def test_every_way_moves_the_bytes(
     assert expected <= ways.keys()
     assert transfer_peers.MOONCAKE in ways or transfer_peers.MOONCAKE in result["notes"][0]
     assert all(row["num_bytes"] == 4 * 64 * 300 and len(row["seconds"]) == 2 for row in ways.values())
-    assert "| of raw socket |" in capsys.readouterr().out
+    assert "| of raw TCP socket |" in capsys.readouterr().out
 
 
 def test_bytes_that_have_not_arrived_are_an_error() -> None:

@@ -17,10 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
+from sglang_apb.commands.bench import transfer_gpu
+from sglang_apb.commands.bench.transfer import NCCL, RAW, Prompt, Time
+from sglang_apb.commands.bench.transfer_gpu import GpuPool, page_ids
 from sglang_apb.transfer import keys
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import TransferConfig
+from sglang_apb.transfer.direct import MapMemory
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import Bytes, HostPages, PageIds
@@ -35,7 +38,10 @@ COPY, ZMQ, SCATTERED, CURVE, MOONCAKE = (
     "zmq, encrypted",
     "mooncake TCP",
 )
+IPC, IPC_SCATTERED = "CUDA IPC", "CUDA IPC, scattered pages"
 _WARM_UP = 2
+_POLL_S = 0.0001
+_MAPPING_S = 60.0
 _AUX_BYTES = 1024
 
 
@@ -51,9 +57,12 @@ class Pool:
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
 
+    def memory(self) -> None:
+        """It can be sent only."""
+        return None
+
     def ids(self, *, scattered: bool) -> PageIds:
-        ids = np.arange(self.prompt.num_tokens, dtype=np.int64)
-        return np.random.default_rng(0).permutation(ids) if scattered else ids
+        return page_ids(self.prompt, scattered=scattered)
 
     def check(self, fill: int) -> None:
         """Raises CommandError unless every buffer is filled as the other side's is; then forgets it."""
@@ -63,19 +72,12 @@ class Pool:
             buffer[:] = 0
 
 
-def time_ways(prompt: Prompt, repeats: int) -> tuple[list[Time], list[str]]:
+def time_ways(prompt: Prompt, repeats: int, device: str) -> tuple[list[Time], list[str]]:
     """Every way's times, and what to say of those that are missing."""
     times, notes = [], []
-    pool = Pool(prompt, 0)
-    with _prefill_side(prompt) as (pipe, folder):
-        ways: dict[str, Callable[[], Any]] = {
-            COPY: partial(_copy, pool, Pool(prompt, 1)),
-            RAW: partial(_raw_socket, pool, pipe),
-            ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
-            SCATTERED: partial(_zmq, pool, pipe, None, scattered=True),
-            CURVE: partial(_zmq, pool, pipe, folder, scattered=False),
-            MOONCAKE: partial(_mooncake, pool, pipe),
-        }
+    pool = make_pool(prompt, 0, device)
+    with _prefill_side(prompt, device) as (pipe, folder):
+        ways = _gpu_ways(pool, pipe) if isinstance(pool, GpuPool) else _cpu_ways(pool, pipe, folder)
         for way, start in tqdm(ways.items(), desc=prompt.name, unit="way"):
             try:
                 with start() as once:
@@ -88,13 +90,40 @@ def time_ways(prompt: Prompt, repeats: int) -> tuple[list[Time], list[str]]:
     return times, notes
 
 
+Ways = dict[str, Callable[[], Any]]
+
+
+def _cpu_ways(pool: Pool, pipe: Connection, folder: Path) -> Ways:
+    return {
+        COPY: partial(_copy, pool, Pool(pool.prompt, 1)),
+        RAW: partial(_raw_socket, pool, pipe),
+        ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
+        SCATTERED: partial(_zmq, pool, pipe, None, scattered=True),
+        CURVE: partial(_zmq, pool, pipe, folder, scattered=False),
+        MOONCAKE: partial(_mooncake, pool, pipe),
+    }
+
+
+def _gpu_ways(pool: GpuPool, pipe: Connection) -> Ways:
+    return {
+        NCCL: partial(transfer_gpu.receiving, pool, pipe),
+        IPC: partial(_zmq, pool, pipe, None, scattered=False, map_memory=pool.map_memory),
+        IPC_SCATTERED: partial(_zmq, pool, pipe, None, scattered=True, map_memory=pool.map_memory),
+        ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
+    }
+
+
+def make_pool(prompt: Prompt, fill: int, device: str) -> Pool | GpuPool:
+    return GpuPool(prompt, fill, is_prefill=fill == 1) if device == "cuda" else Pool(prompt, fill)
+
+
 @contextlib.contextmanager
-def _prefill_side(prompt: Prompt) -> Iterator[tuple[Connection, Path]]:
+def _prefill_side(prompt: Prompt, device: str) -> Iterator[tuple[Connection, Path]]:
     with tempfile.TemporaryDirectory(prefix="sglang-apb-bench-") as name:
         keys.create(Path(name), ["prefill", "decode"])
         context = multiprocessing.get_context("spawn")
         pipe, its_end = context.Pipe()
-        child = context.Process(target=serve, args=(its_end, prompt, Path(name)), daemon=True)
+        child = context.Process(target=serve, args=(its_end, prompt, Path(name), device), daemon=True)
         child.start()
         try:
             yield pipe, Path(name)
@@ -103,9 +132,9 @@ def _prefill_side(prompt: Prompt) -> Iterator[tuple[Connection, Path]]:
             child.join()
 
 
-def serve(pipe: Connection, prompt: Prompt, folder: Path) -> None:
+def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
     """The child: answers (way, argument) until it is killed."""
-    pool = Pool(prompt, 1)
+    pool: Any = make_pool(prompt, 1, device)
     endpoints: dict[bool, SendingEndpoint] = {}
     while True:
         way, argument = pipe.recv()
@@ -113,10 +142,12 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path) -> None:
             _send_raw(pool, argument)
         elif way == MOONCAKE:
             _send_mooncake(pool, argument, pipe)
+        elif way == NCCL:
+            transfer_gpu.send(pool, argument, pipe)
         elif isinstance(argument, bool):  # where to connect, with or without keys
             if argument not in endpoints:
                 endpoints[argument] = SendingEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
-                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1))
+                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1), pool.memory())
             pipe.send(endpoints[argument].port)
         else:
             _send_zmq(endpoints[way], pool, *argument)
@@ -164,46 +195,61 @@ def _send_raw(pool: Pool, port: int) -> None:
 
 
 @contextlib.contextmanager
-def _zmq(pool: Pool, pipe: Connection, folder: Path | None, *, scattered: bool) -> Iterator[Callable[[], float]]:
+def _zmq(
+    pool: Pool | GpuPool,
+    pipe: Connection,
+    folder: Path | None,
+    *,
+    scattered: bool,
+    map_memory: MapMemory | None = None,
+) -> Iterator[Callable[[], float]]:
     ours = _keys(folder, "decode") if folder else None
     theirs = _keys(folder, "prefill") if folder else None
     pipe.send((ZMQ, folder is not None))
     address = (HOST, pipe.recv(), theirs.public if theirs else "")
-    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours)
+    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours, map_memory=map_memory)
     receiver.start()
     rooms = iter(range(1, 1 << 30))
     ids = pool.ids(scattered=scattered)
+    is_pulled = False
 
     def once() -> float:
+        nonlocal is_pulled
         number = next(rooms)
         pipe.send((folder is not None, (number, scattered)))
         started = time.perf_counter()
         room = receiver.open(number, [address], ids, 0)
         while room.state is ReceiveState.RECEIVING:
-            time.sleep(0.001)
+            time.sleep(_POLL_S)
         seconds = time.perf_counter() - started
         if room.state is ReceiveState.FAILED:
             raise CommandError(f"the transfer failed: {room.reason}")
+        is_pulled = room.is_pulled
         receiver.close(room)
         return seconds
 
     try:
+        deadline = time.monotonic() + _MAPPING_S
+        while map_memory is not None and not is_pulled:  # it is mapped meanwhile
+            once()
+            if time.monotonic() > deadline:
+                raise OSError("the pool could not be mapped")
         yield once
     finally:
         receiver.stop()
 
 
-def _send_zmq(endpoint: SendingEndpoint, pool: Pool, number: int, scattered: bool) -> None:
+def _send_zmq(endpoint: SendingEndpoint, pool: Pool | GpuPool, number: int, scattered: bool) -> None:
     room = endpoint.open(number)
     while room.state is SendState.UNASKED:
-        time.sleep(0.001)
+        time.sleep(_POLL_S)
     ids = pool.ids(scattered=scattered)
     pages = (0, len(ids))
     endpoint.announce(room, [pages])
     endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
     endpoint.finish(room, 0, {})
     while room.state is SendState.ASKED:
-        time.sleep(0.001)
+        time.sleep(_POLL_S)
     endpoint.close(room)
 
 

@@ -1,0 +1,179 @@
+"""CUDA IPC between processes: prefill on the first GPU, decode on the last, which may be the same."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transfer_peers import AUX_LENS, make_pages, received, send_owned, wait_for
+
+from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
+from sglang_apb.transfer.heads import Shares
+from sglang_apb.transfer.inbox import ReceiveState
+from sglang_apb.transfer.outbox import SendState
+from sglang_apb.transfer.pages import CudaPages
+from sglang_apb.transfer.receiving import ReceivingEndpoint
+from sglang_apb.transfer.sending import SendingEndpoint
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+NUM_LAYERS, NUM_PAGES, PAGE_SIZE, NUM_HEADS, HEAD_BYTES = 3, 20_000, 2, 4, 256
+HEAD_LENS = [PAGE_SIZE * HEAD_BYTES] * 2 * NUM_LAYERS
+COMPAT = Compat("Toy", "toy", "bfloat16", PAGE_SIZE, NUM_HEADS, HEAD_LENS, list(AUX_LENS))
+# A process that dies is noticed in less.
+PROMISE_S = 5.0
+
+
+def gpu_pages(device: int, heads: range, seed: int | None) -> tuple[CudaPages, torch.Tensor]:
+    """The pages, and their bytes as [buffers, pages, tokens, heads, bytes]. The same for each head of one seed."""
+    torch.cuda.set_device(device)
+    shape = (2 * NUM_LAYERS, NUM_PAGES, PAGE_SIZE, NUM_HEADS, HEAD_BYTES)
+    if seed is None:
+        pool = torch.zeros(*shape[:3], len(heads), HEAD_BYTES, dtype=torch.uint8, device="cuda")
+    else:
+        everything = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        pool = everything[:, :, :, heads.start : heads.stop].contiguous().cuda()
+    torch.cuda.synchronize()
+    buffers = [buffer.view(-1) for buffer in pool]
+    return CudaPages(buffers, [PAGE_SIZE * len(heads) * HEAD_BYTES] * len(buffers)), pool
+
+
+def prefill(pipe: Connection, heads: range, repeats: int) -> None:
+    """Serves room 1 with all pages, shuffled, each layer `repeats` times in a row of requests."""
+    pages, _ = gpu_pages(0, heads, seed=5)
+    sender = SendingEndpoint("127.0.0.1")
+    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, export(pages, heads))
+    pipe.send(sender.port)
+    for number in range(1, repeats + 1):
+        room = sender.open(number)
+        assert wait_for(lambda room=room: room.state is SendState.ASKED, 60)
+        ids = np.random.default_rng(7).permutation(NUM_PAGES)
+        send_owned(sender, room, ids, [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
+        assert wait_for(lambda room=room: room.state is SendState.DONE, 60)
+        pipe.send((room.is_offered, room.num_bytes))
+        sender.close(room)
+    pipe.recv()
+
+
+@contextlib.contextmanager
+def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
+    context = multiprocessing.get_context("spawn")
+    pipe, its_end = context.Pipe()
+    child = context.Process(target=function, args=(its_end, *arguments), daemon=True)
+    child.start()
+    its_end.close()
+    try:
+        yield pipe, child
+    finally:
+        child.kill()
+        child.join()
+
+
+def receiver_of(pages: CudaPages, heads: range) -> ReceivingEndpoint:
+    mapper = partial(CudaRemotePool, pages=pages, heads=heads, page_size=PAGE_SIZE)
+    receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, map_memory=mapper, must_map=True)
+    receiver.start()
+    return receiver
+
+
+def until_mapped(receiver: ReceivingEndpoint) -> None:
+    assert wait_for(lambda: bool(receiver._peers) and all(p.remote for p in receiver._peers.values()), 60)
+
+
+@pytest.mark.parametrize("theirs", [range(4), range(2, 4)], ids=str)
+@pytest.mark.parametrize("ours", [range(4), range(2, 4)], ids=str)
+def test_a_gpu_reads_the_other_processs_pages(theirs: range, ours: range) -> None:
+    if len(theirs) < len(ours):
+        pytest.skip("the other half comes from another rank")
+    pages, pool = gpu_pages(torch.cuda.device_count() - 1, ours, seed=None)
+    receiver = receiver_of(pages, ours)
+    try:
+        with process(prefill, theirs, 1) as (pipe, _):
+            address = ("127.0.0.1", pipe.recv(), "")
+            receiver.expect(1, [address], lambda reason: None)
+            until_mapped(receiver)
+            ids = np.random.default_rng(8).permutation(NUM_PAGES)
+            decode = receiver.open(1, [address], ids, 3, shares=Shares(ours, (ours,)))
+            assert received(decode, 60), decode.reason
+            assert pipe.recv() == (True, pool.numel()) and decode.is_pulled
+            _, wanted = gpu_pages(torch.cuda.device_count() - 1, ours, seed=5)
+            source = torch.from_numpy(np.random.default_rng(7).permutation(NUM_PAGES))
+            assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, source])
+    finally:
+        receiver.stop()
+
+
+def test_a_prefill_rank_that_is_killed_while_it_is_read_and_one_in_its_place() -> None:
+    heads = range(NUM_HEADS)
+    pages, pool = gpu_pages(torch.cuda.device_count() - 1, heads, seed=None)
+    receiver = receiver_of(pages, heads)
+    try:
+        for is_killed in (True, False):
+            with process(prefill, heads, 1000) as (pipe, child):
+                address = ("127.0.0.1", pipe.recv(), "")
+                receiver.expect(1, [address], lambda reason: None)
+                until_mapped(receiver)
+                stop_at = time.monotonic() + 1.0
+                for number in range(1, 1000):
+                    decode = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
+                    if is_killed and time.monotonic() > stop_at:
+                        child.kill()
+                        assert not received(decode, PROMISE_S)
+                        assert decode.state is ReceiveState.FAILED and "Lost the connection" in decode.reason
+                        break
+                    assert received(decode, 60), decode.reason
+                    receiver.close(decode)
+                    if time.monotonic() > stop_at:
+                        break
+                receiver.close(decode)
+        assert wait_for(lambda: not receiver._peers, PROMISE_S)
+        assert float(pool.float().mean()) > 0  # this process's GPU still computes
+    finally:
+        receiver.stop()
+
+
+def decode_until_killed(pipe: Connection, port: int) -> None:
+    heads = range(NUM_HEADS)
+    pages, _ = gpu_pages(torch.cuda.device_count() - 1, heads, seed=None)
+    receiver, address = receiver_of(pages, heads), ("127.0.0.1", port, "")
+    receiver.expect(1, [address], lambda reason: None)
+    until_mapped(receiver)
+    pipe.send("mapped")
+    for number in range(1, 1 << 30):
+        room = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
+        received(room, 60)
+        receiver.close(room)
+
+
+def test_a_decode_rank_that_is_killed_while_it_reads_harms_nobody() -> None:
+    heads = range(NUM_HEADS)
+    pages, pool = gpu_pages(0, heads, seed=5)
+    sender = SendingEndpoint("127.0.0.1")
+    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, export(pages, heads))
+    try:
+        with process(decode_until_killed, sender.port) as (pipe, child):
+            assert pipe.recv() == "mapped"
+            for number in range(1, 40):
+                room = sender.open(number)
+                assert wait_for(lambda room=room: room.state is SendState.ASKED, 60)
+                if number == 20:
+                    child.kill()
+                send_owned(sender, room, np.arange(NUM_PAGES), [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
+                if number == 20:
+                    break
+                assert wait_for(lambda room=room: room.state is SendState.DONE, 60)
+                sender.close(room)
+            assert wait_for(lambda: room.state in (SendState.FAILED, SendState.DONE), PROMISE_S)
+        assert float(pool.float().mean()) > 0
+        assert wait_for(lambda: not sender._readers, PROMISE_S)
+    finally:
+        sender.stop()
