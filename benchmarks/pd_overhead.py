@@ -72,7 +72,7 @@ def times(service: LocalService, num_tokens: int, repeats: int) -> list[float]:
             started = time.perf_counter()
             answer = _generate(service.url, [index + 5, *prompt])
             seconds.append(time.perf_counter() - started)
-    print(f"{service.groups[0].log_path.parent.name}: {prefill_report(answer['meta_info'])}", flush=True)
+    print(f"{service.groups[0].log_path.parent.name}: {prefill_report(answer)}", flush=True)
     return seconds[1:]
 
 
