@@ -23,7 +23,7 @@ def test_every_way_moves_the_bytes(
     assert cli.main(["bench", "transfer", "--prompts", "smollm2", "--repeats", "2", "--output", str(output)]) == 0
     result = json.loads(output.read_text())
     ways = {row["way"]: row for row in result["results"]}
-    expected = {transfer_peers.COPY, RAW, transfer_peers.ZMQ, transfer_peers.SCATTERED, transfer_peers.CURVE}
+    expected = {transfer_peers.COPY, RAW, transfer_peers.OVER_ZMQ, transfer_peers.SCATTERED, transfer_peers.CURVE}
     assert expected <= ways.keys()
     assert transfer_peers.MOONCAKE in ways or transfer_peers.MOONCAKE in result["notes"][0]
     assert all(row["num_bytes"] == 4 * 64 * 300 and len(row["seconds"]) == 2 for row in ways.values())

@@ -1,4 +1,4 @@
-"""CUDA IPC between processes: prefill on the first GPU, decode on the last, which may be the same."""
+"""CUDA IPC and NCCL between processes: prefill on the first GPU, decode on the last, which may be the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import multiprocessing
 import time
 from collections.abc import Iterator
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,8 +14,10 @@ import pytest
 import torch
 from transfer_peers import AUX_LENS, make_pages, received, send_owned, wait_for
 
+from sglang_apb.transfer import planes
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
+from sglang_apb.transfer.direct import Memory
+from sglang_apb.transfer.exchange import Meeting
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
@@ -29,6 +30,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NUM_LAYERS, NUM_PAGES, PAGE_SIZE, NUM_HEADS, HEAD_BYTES = 3, 20_000, 2, 4, 256
 HEAD_LENS = [PAGE_SIZE * HEAD_BYTES] * 2 * NUM_LAYERS
 COMPAT = Compat("Toy", "toy", "bfloat16", PAGE_SIZE, NUM_HEADS, HEAD_LENS, list(AUX_LENS))
+PLANES = pytest.mark.parametrize(
+    "plane",
+    [
+        "cuda_ipc",
+        pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
+    ],
+)
 # A process that dies is noticed in less.
 PROMISE_S = 5.0
 
@@ -51,7 +59,7 @@ def prefill(pipe: Connection, heads: range, repeats: int) -> None:
     """Serves room 1 with all pages, shuffled, each layer `repeats` times in a row of requests."""
     pages, _ = gpu_pages(0, heads, seed=5)
     sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, export(pages, heads))
+    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *to_offer(pages, heads))
     pipe.send(sender.port)
     for number in range(1, repeats + 1):
         room = sender.open(number)
@@ -62,6 +70,11 @@ def prefill(pipe: Connection, heads: range, repeats: int) -> None:
         pipe.send((room.is_offered, room.num_bytes))
         sender.close(room)
     pipe.recv()
+
+
+def to_offer(pages: CudaPages, heads: range) -> tuple[Memory | None, Meeting | None]:
+    memory = planes.memory_to_offer(pages, heads, "auto")
+    return memory, planes.meeting(pages, heads, PAGE_SIZE, "auto", has_keys=False)
 
 
 @contextlib.contextmanager
@@ -78,33 +91,36 @@ def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
         child.join()
 
 
-def receiver_of(pages: CudaPages, heads: range) -> ReceivingEndpoint:
-    mapper = partial(CudaRemotePool, pages=pages, heads=heads, page_size=PAGE_SIZE)
-    receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, map_memory=mapper, must_map=True)
+def receiver_of(pages: CudaPages, heads: range, plane: str) -> ReceivingEndpoint:
+    ways = planes.ways(pages, heads, PAGE_SIZE, plane, has_keys=False)
+    receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, ways=ways)
     receiver.start()
     return receiver
 
 
-def until_mapped(receiver: ReceivingEndpoint) -> None:
-    assert wait_for(lambda: bool(receiver._peers) and all(p.remote for p in receiver._peers.values()), 60)
+def until_found(receiver: ReceivingEndpoint) -> None:
+    assert wait_for(
+        lambda: bool(receiver._peers) and all(p.way.remote or p.way.fetcher for p in receiver._peers.values()), 60
+    )
 
 
+@PLANES
 @pytest.mark.parametrize("theirs", [range(4), range(2, 4)], ids=str)
 @pytest.mark.parametrize("ours", [range(4), range(2, 4)], ids=str)
-def test_a_gpu_reads_the_other_processs_pages(theirs: range, ours: range) -> None:
+def test_a_gpu_gets_the_other_processs_pages(plane: str, theirs: range, ours: range) -> None:
     if len(theirs) < len(ours):
         pytest.skip("the other half comes from another rank")
     pages, pool = gpu_pages(torch.cuda.device_count() - 1, ours, seed=None)
-    receiver = receiver_of(pages, ours)
+    receiver = receiver_of(pages, ours, plane)
     try:
         with process(prefill, theirs, 1) as (pipe, _):
             address = ("127.0.0.1", pipe.recv(), "")
             receiver.expect(1, [address], lambda reason: None)
-            until_mapped(receiver)
+            until_found(receiver)
             ids = np.random.default_rng(8).permutation(NUM_PAGES)
             decode = receiver.open(1, [address], ids, 3, shares=Shares(ours, (ours,)))
             assert received(decode, 60), decode.reason
-            assert pipe.recv() == (True, pool.numel()) and decode.is_pulled
+            assert pipe.recv() == (True, pool.numel()) and decode.data_plane == plane
             _, wanted = gpu_pages(torch.cuda.device_count() - 1, ours, seed=5)
             source = torch.from_numpy(np.random.default_rng(7).permutation(NUM_PAGES))
             assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, source])
@@ -112,16 +128,17 @@ def test_a_gpu_reads_the_other_processs_pages(theirs: range, ours: range) -> Non
         receiver.stop()
 
 
-def test_a_prefill_rank_that_is_killed_while_it_is_read_and_one_in_its_place() -> None:
+@PLANES
+def test_a_prefill_rank_that_is_killed_while_it_is_read_and_one_in_its_place(plane: str) -> None:
     heads = range(NUM_HEADS)
     pages, pool = gpu_pages(torch.cuda.device_count() - 1, heads, seed=None)
-    receiver = receiver_of(pages, heads)
+    receiver = receiver_of(pages, heads, plane)
     try:
         for is_killed in (True, False):
             with process(prefill, heads, 1000) as (pipe, child):
                 address = ("127.0.0.1", pipe.recv(), "")
                 receiver.expect(1, [address], lambda reason: None)
-                until_mapped(receiver)
+                until_found(receiver)
                 stop_at = time.monotonic() + 1.0
                 for number in range(1, 1000):
                     decode = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
@@ -141,12 +158,12 @@ def test_a_prefill_rank_that_is_killed_while_it_is_read_and_one_in_its_place() -
         receiver.stop()
 
 
-def decode_until_killed(pipe: Connection, port: int) -> None:
+def decode_until_killed(pipe: Connection, port: int, plane: str) -> None:
     heads = range(NUM_HEADS)
     pages, _ = gpu_pages(torch.cuda.device_count() - 1, heads, seed=None)
-    receiver, address = receiver_of(pages, heads), ("127.0.0.1", port, "")
+    receiver, address = receiver_of(pages, heads, plane), ("127.0.0.1", port, "")
     receiver.expect(1, [address], lambda reason: None)
-    until_mapped(receiver)
+    until_found(receiver)
     pipe.send("mapped")
     for number in range(1, 1 << 30):
         room = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
@@ -154,13 +171,14 @@ def decode_until_killed(pipe: Connection, port: int) -> None:
         receiver.close(room)
 
 
-def test_a_decode_rank_that_is_killed_while_it_reads_harms_nobody() -> None:
+@PLANES
+def test_a_decode_rank_that_is_killed_while_it_reads_harms_nobody(plane: str) -> None:
     heads = range(NUM_HEADS)
     pages, pool = gpu_pages(0, heads, seed=5)
     sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, export(pages, heads))
+    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *to_offer(pages, heads))
     try:
-        with process(decode_until_killed, sender.port) as (pipe, child):
+        with process(decode_until_killed, sender.port, plane) as (pipe, child):
             assert pipe.recv() == "mapped"
             for number in range(1, 40):
                 room = sender.open(number)
@@ -174,6 +192,6 @@ def test_a_decode_rank_that_is_killed_while_it_reads_harms_nobody() -> None:
                 sender.close(room)
             assert wait_for(lambda: room.state in (SendState.FAILED, SendState.DONE), PROMISE_S)
         assert float(pool.float().mean()) > 0
-        assert wait_for(lambda: not sender._readers, PROMISE_S)
+        assert wait_for(lambda: not len(sender._peers), PROMISE_S)
     finally:
         sender.stop()

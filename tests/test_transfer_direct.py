@@ -29,12 +29,12 @@ from transfer_peers import (
 )
 
 from sglang_apb.settings import ConfigError
-from sglang_apb.transfer import direct, wire
+from sglang_apb.transfer import direct, planes, wire
 from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.direct import DirectError, Memory, MemoryServer, map_pool
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.planes import mapper, memory_to_offer
+from sglang_apb.transfer.ways import Ways
 from sglang_apb.transfer.wire import Frame, Kind, WireError
 
 POOL = make_pages(1, num=4)
@@ -46,7 +46,7 @@ def connect(peers: Cluster) -> None:
     ready = peers.ask(99, np.arange(0))
     rooms = [sender.open(99) for sender in peers.senders]
     assert all(asked(room) for room in rooms)
-    assert wait_for(lambda: all(sender._readers for sender in peers.senders))
+    assert wait_for(lambda: all(sender._peers._readers for sender in peers.senders))
     peers.receiver.close(ready)
     for sender, room in zip(peers.senders, rooms, strict=True):
         sender.close(room)
@@ -71,7 +71,7 @@ def test_pages_are_read_where_they_lie(num_ranks: int, chunk: int) -> None:
             for start, end in owned:
                 assert rows(peers.pool, target[start:end]) == rows(peers.pools[rank], sources[rank][start:end])
         assert not any(rows(peers.pool, np.setdiff1d(np.arange(500), target)))
-        assert decode.is_pulled and all(room.is_offered for room in rooms)
+        assert decode.data_plane == "cuda_ipc" and all(room.is_offered for room in rooms)
         assert decode.assembly.num_bytes == sum(room.num_bytes for room in rooms) == 120 * sum(ITEM_LENS)
 
 
@@ -142,19 +142,19 @@ def other_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("obstacle", "reason"), [(other_user, "belongs to user"), (other_machine, "Connection refused")]
 )
-@pytest.mark.parametrize("must_map", [False, True])
+@pytest.mark.parametrize("zmq_too", [True, False])
 def test_elsewhere_pages_are_sent(
     obstacle: Callable[[pytest.MonkeyPatch], None],
     reason: str,
-    must_map: bool,
+    zmq_too: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     obstacle(monkeypatch)
-    with cluster(shared=SharedPages(), must_map=must_map) as peers:
+    with cluster(shared=SharedPages(), zmq_too=zmq_too) as peers:
         decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        if must_map:
+        if not zmq_too:
             assert not received(decode)
             assert "cannot be read where it lies" in decode.reason and reason in decode.reason
             return
@@ -162,7 +162,7 @@ def test_elsewhere_pages_are_sent(
         assert wait_for(lambda: reason in caplog.text)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode)
-        assert not decode.is_pulled and not room.is_offered
+        assert decode.data_plane == "zmq" and not room.is_offered
         assert rows(peers.pool, np.arange(8)) == rows(peers.pools[0], np.arange(8))
 
 
@@ -238,8 +238,15 @@ class TestHandshake:
 def test_settings() -> None:
     with pytest.raises(ConfigError, match=r"data_plane of --kv-transfer-config must be one of .*, not 'nvlink'"):
         TransferConfig(data_plane="nvlink")
-    pages = POOL
-    assert memory_to_offer(pages, range(1), "auto") is None and mapper(pages, range(1), 1, "zmq") is None
-    for function in (partial(memory_to_offer, pages, range(1)), partial(mapper, pages, range(1), 1)):
-        with pytest.raises(ValueError, match="KV is not in GPU memory"):
-            function("cuda_ipc")
+    side = POOL, range(1)
+    for plane in ("auto", "zmq"):
+        assert planes.memory_to_offer(*side, plane) is None
+        assert planes.meeting(*side, 1, plane, has_keys=False) is None
+        assert planes.ways(*side, 1, plane, has_keys=False) == Ways()
+    for plane in ("cuda_ipc", "nccl"):
+        with pytest.raises(ValueError, match=f"data_plane '{plane}' .*KV is not in GPU memory"):
+            planes.ways(*side, 1, plane, has_keys=False)
+    with pytest.raises(ValueError, match="KV is not in GPU memory"):
+        planes.memory_to_offer(*side, "cuda_ipc")
+    with pytest.raises(ValueError, match="KV is not in GPU memory"):
+        planes.meeting(*side, 1, "nccl", has_keys=True)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from sglang_apb.transfer import ownership, wire
+from sglang_apb.transfer import exchange, ownership, wire
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.direct import DirectError, Memory
+from sglang_apb.transfer.exchange import Meeting, Ticket
 from sglang_apb.transfer.heads import PagesByHeads
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -22,6 +25,7 @@ from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.ways import Ways
 
 ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
 NUM_LAYERS = 3
@@ -109,6 +113,60 @@ class _SharedPool:
         self._shared.closed.append(self._there)
 
 
+class Tubes:
+    """In place of NCCL: a block goes over when both ends are there for it, in order. Each `meeting` is one side's."""
+
+    def __init__(self) -> None:
+        self._posted: dict[bytes, deque[tuple[int, bytearray]]] = {}
+        self._ids = itertools.count()
+        self.ends: list[_TubeEnd] = []
+        self.before_arrival: Callable[[], bool] = lambda: True
+        self.before_send: Callable[[], None] = lambda: None
+
+    def meeting(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> Meeting:
+        make = partial(_TubeEnd, self, pages=pages, heads=heads, page_size=page_size)
+        return Meeting(gpu, self._new_id, make, make)
+
+    def _new_id(self) -> bytes:
+        unique_id = str(next(self._ids)).encode()
+        self._posted[unique_id] = deque()
+        return unique_id
+
+
+class _TubeEnd:
+    def __init__(self, tubes: Tubes, unique_id: bytes, pages: HostPages, heads: range, page_size: int) -> None:
+        self._tubes, self._posted = tubes, tubes._posted[unique_id]
+        self._parts = PagesByHeads(pages, heads, page_size)
+        self._slots: dict[int, bytearray] = {}
+        self.is_closed = False
+        tubes.ends.append(self)
+
+    def send(self, part: range, block: wire.Block, ids: np.ndarray) -> None:
+        self._tubes.before_send()
+        payload = self._parts.of(part).gather(block.first_buffer, block.num_buffers, ids)
+        self._fill(payload.tobytes())
+
+    def send_nothing(self, num_bytes: int) -> None:
+        self._fill(bytes(num_bytes))
+
+    def _fill(self, payload: bytes) -> None:
+        num_bytes, slot = self._posted.popleft()  # what nobody waits for would hold a GPU up
+        assert len(payload) == num_bytes and not slot
+        slot += payload
+
+    def post(self, slot: int, num_bytes: int) -> Ticket:
+        assert num_bytes <= exchange.SLOT_BYTES
+        target = self._slots[slot] = bytearray()
+        self._posted.append((num_bytes, target))
+        return lambda: len(target) == num_bytes and self._tubes.before_arrival()
+
+    def write(self, slot: int, part: range, block: wire.Block, ids: np.ndarray) -> None:
+        self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, self._slots.pop(slot))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 @contextlib.contextmanager
 def cluster(
     num_ranks: int = 1,
@@ -116,18 +174,22 @@ def cluster(
     prefill_keys: Keys | None = None,
     decode_keys: Keys | None = None,
     shared: SharedPages | None = None,
-    must_map: bool = False,
+    tubes: Tubes | None = None,
+    zmq_too: bool = True,
 ) -> Iterator[Cluster]:
-    """With `shared`, prefill offers pages, and decode reads them where they lie."""
+    """With `shared`, prefill offers pages, and decode reads them where they lie; with `tubes` they are fetched."""
     pools = [make_pages(100 + rank) for rank in range(num_ranks)]
     auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
     senders = [SendingEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
     pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
     mapper = partial(shared.map, pages=pool) if shared else None
-    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys, map_memory=mapper, must_map=must_map)
+    ways = Ways(mapper, tubes.meeting(pool, "decode's") if tubes else None, zmq_too)
+    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys, ways=ways)
     receiver.start()
     for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
-        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS, shared.memory(rank_pool) if shared else None)
+        memory = shared.memory(rank_pool) if shared else None
+        meeting = tubes.meeting(rank_pool, "prefill's") if tubes else None
+        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS, memory, meeting)
     try:
         yield Cluster(senders, pools, auxes, receiver, pool, aux)
     finally:

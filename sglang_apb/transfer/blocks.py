@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.exchange import SLOT_BYTES
 from sglang_apb.transfer.outbox import Frames, SendRoom
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import BLOCK_BYTES, OFFER_BYTES, Pages, plan_blocks
-from sglang_apb.transfer.wire import Block, Kind, PageIds
+from sglang_apb.transfer.wire import Block, End, Kind, PageIds
 
 
 def sent(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: PageIds) -> Frames:
@@ -26,6 +29,23 @@ def offered(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: 
         room.num_bytes += wire.block_bytes(block, pool.item_lens)
         payload = wire.pack_page_ids(ids_of_block)
         yield wire.pack(Kind.OFFER, room.room, room.attempt, block.pack(), payload, room.asker)
+
+
+def fetched(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: PageIds) -> Frames:
+    """The same for a decode rank to which there is a channel. The room keeps what is to be sent."""
+    for block, ids_of_block in _cut(pool.item_lens, buffers, pages, ids, SLOT_BYTES):
+        room.is_offered = True
+        room.unfetched[block] = ids_of_block
+        room.num_bytes += wire.block_bytes(block, pool.item_lens)
+        yield wire.pack(Kind.READY, room.room, room.attempt, block.pack(), asker=room.asker)
+
+
+def tail(room: SendRoom, aux: Pages, aux_index: int | None, info: dict[str, int | str]) -> Frames:
+    """The aux row, if this rank has it, and the end."""
+    if aux_index is not None:
+        row = aux.gather(0, len(aux.item_lens), np.array([aux_index], np.int64))
+        yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data, room.asker)
+    yield room.pack(End(room.num_bytes, room.num_hidden_bytes, info))
 
 
 def _cut(

@@ -10,8 +10,8 @@ from sglang_apb.settings import ConfigError, setting
 # The value of `--disaggregation-transfer-backend` that is ours.
 BACKEND = "zmq"
 OPTION = "--kv-transfer-config"
-ZMQ, CUDA_IPC = "zmq", "cuda_ipc"
-_PLANES = ("auto", ZMQ, CUDA_IPC)
+AUTO, ZMQ, CUDA_IPC, NCCL = "auto", "zmq", "cuda_ipc", "nccl"
+_PLANES = (AUTO, ZMQ, CUDA_IPC, NCCL)
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,10 @@ class TransferConfig:
     allow_unencrypted: bool = setting(False, "let KV leave this machine without keys")
 
     data_plane: str = setting(
-        "auto",
+        AUTO,
         "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
-        "server's memory: one machine, one user), or auto, cuda_ipc where it works",
+        "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted), or auto, the first of "
+        "cuda_ipc, nccl (without keys) and zmq that works",
     )
     contact_seconds: float = setting(
         30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"

@@ -15,6 +15,7 @@ import torch
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, Memory
+from sglang_apb.transfer.gpu_pages import GpuSide, UploadedIds
 from sglang_apb.transfer.heads import overlap
 from sglang_apb.transfer.pages import CudaPages
 from sglang_apb.transfer.wire import Block, PageIds
@@ -53,15 +54,12 @@ class CudaRemotePool:
         self._stream = torch.cuda.Stream(self._device)
         self._mapped = self._map(memory.handles)
         there = [self._mapped[handle] + offset for handle, offset in memory.places]
-        here = [buffer.data_ptr() for buffer in pages.buffers]
-        self._sides = (
-            _Side(there, memory.item_lens, range(*memory.heads), page_size),
-            _Side(here, pages.item_lens, heads, page_size),
-        )
+        self._there = GpuSide(there, memory.item_lens, range(*memory.heads), page_size)
+        self._here = GpuSide.of(pages, heads, page_size)
         self._copies: dict[range, Any] = {}
-        self._source_ids, self._target_ids = _Uploaded(self._device), _Uploaded(self._device)
+        self._source_ids, self._target_ids = UploadedIds(self._device), UploadedIds(self._device)
         common, first_page = overlap(range(*memory.heads), heads), np.zeros(1, np.int64)
-        for buffer in range(len(here)):  # Triton compiles now. SGLang's page 0 is nobody's: padding goes there.
+        for buffer in range(len(there)):  # Triton compiles now. SGLang's page 0 is nobody's: padding goes there.
             self.pull(common, Block(buffer, 1, 0, 1), first_page, first_page)
 
     def pull(self, part: range, block: Block, source_ids: PageIds, target_ids: PageIds) -> None:
@@ -103,49 +101,11 @@ class CudaRemotePool:
         from sglang_apb.kernels.page_copy import PageCopy
 
         if part not in self._copies:
-            num_rows = 1 if all(side.heads == part for side in self._sides) else self._sides[0].page_size
-            source, target = (side.places(part, num_rows) for side in self._sides)
-            lengths = self._sides[1].lengths(part, num_rows)
+            num_rows = max(side.num_rows(part) for side in (self._there, self._here))
+            source, target = (side.places(part, num_rows) for side in (self._there, self._here))
+            lengths = self._here.row_lengths(part, num_rows)
             self._copies[part] = PageCopy.between(source, target, num_rows, lengths, self._device)
         return self._copies[part]
-
-
-class _Uploaded:
-    """Page ids on a GPU: a prompt's layers have the same, and copying them costs a third of copying the pages."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._ids: PageIds = np.empty(0, np.int64)
-        self._there = torch.empty(0, dtype=torch.int64, device=device)
-
-    def of(self, ids: PageIds) -> torch.Tensor:
-        if not np.array_equal(ids, self._ids):
-            self._ids, self._there = ids.copy(), torch.from_numpy(ids).to(self._device)
-        return self._there
-
-
-class _Side:
-    """One pool's pages: [page_size, heads, bytes of a head] in each buffer."""
-
-    def __init__(self, addresses: Sequence[int], item_lens: Sequence[int], heads: range, page_size: int):
-        self.heads, self.page_size = heads, page_size
-        self._addresses, self._item_lens = addresses, item_lens
-
-    def places(self, part: range, num_rows: int) -> list[Any]:
-        """Where the heads `part` of each buffer's first page begin."""
-        from sglang_apb.kernels.page_copy import PagePlace
-
-        first = part.start - self.heads.start
-        return [
-            PagePlace(address + first * self._head_bytes(size), size, size // num_rows)
-            for address, size in zip(self._addresses, self._item_lens, strict=True)
-        ]
-
-    def lengths(self, part: range, num_rows: int) -> list[int]:
-        return [len(part) * self._head_bytes(size) * self.page_size // num_rows for size in self._item_lens]
-
-    def _head_bytes(self, item_len: int) -> int:
-        return item_len // (self.page_size * len(self.heads))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -90,10 +90,12 @@ class MemoryServer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(_name(address))
         self._socket.listen()
-        threading.Thread(target=self._run, name="kv-memory", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="kv-memory", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:

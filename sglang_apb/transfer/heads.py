@@ -37,6 +37,13 @@ def overlap(mine: range, theirs: range) -> range:
     return range(max(mine.start, theirs.start), min(mine.stop, theirs.stop))
 
 
+def find_no_overlap(ours: range, asked: range) -> str:
+    """What a decode rank is told that asks a prefill rank for heads of which it has none; "" if it has."""
+    if overlap(ours, asked):
+        return ""
+    return f"A decode rank asked for KV heads {_interval(asked)} of a prefill rank that has {_interval(ours)}."
+
+
 @dataclass(frozen=True)
 class Shares:
     """Which of a decode rank's KV `heads` each prefill rank brings it, numbered as in the model.

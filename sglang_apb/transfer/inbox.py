@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 from sglang_apb.transfer.assembly import Assembly
+from sglang_apb.transfer.config import ZMQ
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.pages import Pages
 from sglang_apb.transfer.wire import PageIds, WireError
@@ -24,7 +26,8 @@ class ReceiveRoom:
     `sources[i]` the heads `parts[i]` of them that rank i brings.
 
     `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
-    `unconfirmed` are ranks whose pages were read where they lie: each has to say that they had not changed.
+    `unconfirmed` are ranks whose pages were read later than they were spoken of: each has to say that they had not
+    changed. While blocks are on their way over a channel, what comes after them is `held_back`.
     """
 
     room: int
@@ -40,8 +43,10 @@ class ReceiveRoom:
     reason: str = ""
     closed: bool = False
     lost_rank: bool = False
-    is_pulled: bool = False
+    data_plane: str = ZMQ
     unconfirmed: set[int] = field(default_factory=set)
+    num_fetched_later: int = 0
+    held_back: list[Callable[[], None]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: float = 0.0
     finished: float = 0.0

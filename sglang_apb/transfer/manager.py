@@ -16,7 +16,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang_apb.transfer import hosts, keys, planes
 from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
-from sglang_apb.transfer.config import CUDA_IPC, TransferConfig
+from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.heads import Shares, heads_of
 from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
@@ -82,15 +82,16 @@ class ZmqKVManager(CommonKVManager):
         pages = open_pool(in_layers(k_buffers, v_buffers), self._in_layers(args.kv_data_lens), self._item_lens())
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
+        plane = pages, self._heads, args.page_size, self._data_plane
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
             memory = planes.memory_to_offer(pages, self._heads, self._data_plane)
-            self.sending.start_sending(pages, aux, compat, self._heads, memory)
+            meeting = planes.meeting(*plane, has_keys=self._keys is not None)
+            self.sending.start_sending(pages, aux, compat, self._heads, memory, meeting)
         else:
             self.receiving = ReceivingEndpoint(
                 *(pages, aux, compat, self._heads, self._keys),
                 with_metrics=self.server_args.enable_metrics,
-                map_memory=planes.mapper(pages, self._heads, args.page_size, self._data_plane),
-                must_map=self._data_plane == CUDA_IPC,
+                ways=planes.ways(*plane, has_keys=self._keys is not None),
             )
             self.receiving.start()
             self._start_heartbeat_checker_thread()

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
-from sglang_apb.transfer.wire import Ask, Buffer
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.wire import Ask, Block, Buffer, PageIds
 
 Frames: TypeAlias = Iterator[list[Buffer]]
 # Whether the bytes behind frames can be read: a GPU may still be writing them. Never blocks.
@@ -55,7 +56,8 @@ class SendRoom:
     closed: bool = False
     num_bytes: int = 0
     num_hidden_bytes: int = 0
-    is_offered: bool = False  # of its pages, some are read where they lie
+    is_offered: bool = False  # of its pages, some are read later than they are spoken of
+    unfetched: dict[Block, PageIds] = field(default_factory=dict)
     started: float = 0.0
     finished: float = 0.0
     outbox: deque[Parcel] = field(default_factory=deque)
@@ -74,6 +76,10 @@ class SendRoom:
     def is_sending(self) -> bool:
         return not self.closed and self.state is SendState.ASKED
 
+    def pack(self, message: wire.Message) -> list[Buffer]:
+        """A message about this transfer, as a frame."""
+        return wire.pack_message(message, self.room, self.attempt, self.asker)
+
     def start(self) -> None:
         self.started = time.monotonic()
 
@@ -88,6 +94,7 @@ class SendRoom:
 
     def clear(self) -> None:
         self.outbox.clear()
+        self.unfetched.clear()
         self.unsent = None
 
     @property

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
-from sglang_apb.transfer.config import CUDA_IPC, OPTION, ZMQ
+import torch
+
+from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, OPTION, ZMQ
 from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
-from sglang_apb.transfer.direct import DirectError, MapMemory, Memory
+from sglang_apb.transfer.direct import DirectError, Memory
+from sglang_apb.transfer.exchange import Meeting
+from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, new_id
 from sglang_apb.transfer.pages import CudaPages, HostPages
+from sglang_apb.transfer.ways import Ways
 
 logger = logging.getLogger(__name__)
 
@@ -18,36 +24,47 @@ def memory_to_offer(pages: HostPages | CudaPages, heads: range, plane: str) -> M
 
     Raises ValueError when the setting asks for what is not possible.
     """
-    if plane == ZMQ:
+    if not _is_possible(pages, plane, CUDA_IPC) or isinstance(pages, HostPages):
         return None
     try:
-        return export(_in_gpu_memory(pages), heads)
+        return export(pages, heads)
     except DirectError as error:
-        _insist(plane, error)
+        if plane == CUDA_IPC:
+            raise ValueError(_refusal(plane, str(error))) from error
+        logger.info("KV transfer: this rank's pool cannot be read where it lies: %s", error)
         return None
 
 
-def mapper(pages: HostPages | CudaPages, heads: range, page_size: int, plane: str) -> MapMemory | None:
-    """Decode: how to map a prefill rank's pool beside `pages`; None when it is not to be tried.
+def meeting(
+    pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool
+) -> Meeting | None:
+    """Either side: how channels are made; None when they are not to be. NCCL does not encrypt: with keys it has to be
+    asked for.
 
     Raises ValueError when the setting asks for what is not possible.
     """
-    if plane == ZMQ:
+    if not _is_possible(pages, plane, NCCL) or (has_keys and plane == AUTO) or isinstance(pages, HostPages):
         return None
-    try:
-        return partial(CudaRemotePool, pages=_in_gpu_memory(pages), heads=heads, page_size=page_size)
-    except DirectError as error:
-        _insist(plane, error)
-        return None
+    gpu = str(torch.cuda.get_device_properties(pages.buffers[0].device).uuid)
+    side: dict[str, Any] = {"pages": pages, "heads": heads, "page_size": page_size}
+    return Meeting(gpu, new_id, partial(NcclSender, **side), partial(NcclReceiver, **side))
 
 
-def _in_gpu_memory(pages: HostPages | CudaPages) -> CudaPages:
-    if isinstance(pages, HostPages):
-        raise DirectError("KV is not in GPU memory")
-    return pages
+def ways(pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool) -> Ways:
+    """Decode: the ways to try. Raises ValueError when the setting asks for what is not possible."""
+    map_memory = None
+    if _is_possible(pages, plane, CUDA_IPC) and not isinstance(pages, HostPages):
+        map_memory = partial(CudaRemotePool, pages=pages, heads=heads, page_size=page_size)
+    channels = meeting(pages, heads, page_size, plane, has_keys=has_keys)
+    return Ways(map_memory, channels, zmq_too=plane in (AUTO, ZMQ))
 
 
-def _insist(plane: str, error: DirectError) -> None:
-    if plane == CUDA_IPC:
-        raise ValueError(f"data_plane {CUDA_IPC!r} of {OPTION} is not possible here ({error}): use 'auto' or {ZMQ!r}.")
-    logger.info("KV transfer: KV goes over zmq: %s", error)
+def _is_possible(pages: HostPages | CudaPages, plane: str, wanted: str) -> bool:
+    """Whether the setting allows `wanted`, and KV is in GPU memory."""
+    if plane == wanted and isinstance(pages, HostPages):
+        raise ValueError(_refusal(plane, "KV is not in GPU memory"))
+    return plane in (AUTO, wanted) and not isinstance(pages, HostPages)
+
+
+def _refusal(plane: str, reason: str) -> str:
+    return f"data_plane {plane!r} of {OPTION} is not possible here ({reason}): use {AUTO!r} or {ZMQ!r}."

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
 
-from sglang_apb.transfer.config import CUDA_IPC, ZMQ
+from sglang_apb.transfer.config import ZMQ
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -42,8 +42,8 @@ class ZmqKVReceiver(CommonKVReceiver):
 
     @property
     def data_plane(self) -> str:
-        """How the pages came; "cuda_ipc" if any were read where they lay."""
-        return CUDA_IPC if self._room and self._room.is_pulled else ZMQ
+        """How the pages came: zmq, cuda_ipc or nccl."""
+        return self._room.data_plane if self._room else ZMQ
 
     @property
     def seconds(self) -> float:

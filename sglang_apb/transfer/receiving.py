@@ -19,7 +19,9 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
+from sglang_apb.transfer.config import CUDA_IPC, NCCL
+from sglang_apb.transfer.direct import RemotePool
+from sglang_apb.transfer.exchange import SLOT_BYTES, ExchangeError, Fetch, Fetcher, ReceivingChannel
 from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -28,12 +30,14 @@ from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import CudaPages, HostPages, PageIds, Pages, largest_payload
-from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
+from sglang_apb.transfer.ways import ZMQ_ONLY, Way, Ways
+from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Join, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
 
 RECEIVE_HIGH_WATER_MARK = 8
 MAX_FRAMES_A_TURN = 16
+FETCH_POLL_MS = 1
 _LOST = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
@@ -58,19 +62,15 @@ class _Expected:
     on_lost: Callable[[str], None]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Peer:
-    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`).
-
-    `remote` is its pool, where that can be read as it lies.
-    """
+    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`)."""
 
     address: Address
     socket: zmq.Socket
     life: zmq.Socket
     monitors: tuple[zmq.Socket, ...]
-    remote: RemotePool | None = None
-    is_lost: bool = False
+    way: Way
 
 
 class ReceivingEndpoint(SocketLoop):
@@ -83,14 +83,11 @@ class ReceivingEndpoint(SocketLoop):
         keys: Keys | None = None,
         *,
         with_metrics: bool = False,
-        map_memory: MapMemory | None = None,
-        must_map: bool = False,
+        ways: Ways = ZMQ_ONLY,
     ):
-        """`pages` hold the model's KV `heads`. With `map_memory`, pools of prefill ranks of this machine are read where
-        they lie; `must_map` refuses all others.
-        """
+        """`pages` hold the model's KV `heads`."""
         super().__init__("kv-receiving", keys)
-        self._map_memory, self._must_map = map_memory, must_map
+        self._ways = ways
         self._observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
@@ -190,7 +187,12 @@ class ReceivingEndpoint(SocketLoop):
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         ask_for_life(life)
         monitors = tuple(each.get_monitor_socket(_LOST) for each in (socket, life))
-        peer = _Peer(address, socket, life, monitors)
+        way = Way(
+            *(self._ways, str(address), identity, self.call),
+            send=partial(self._send, address),
+            give_up=partial(self._lose, address),
+        )
+        peer = _Peer(address, socket, life, monitors, way)
         self.watch(socket, partial(self._receive_some, peer))
         self.watch(life, partial(self._answer_ping, life))
         for monitor in monitors:
@@ -198,26 +200,7 @@ class ReceivingEndpoint(SocketLoop):
         for each in (socket, life):
             each.connect(f"tcp://{address}")
         life.send_multipart(_PING, zmq.NOBLOCK)
-        if self._map_memory is not None:
-            mapping = partial(self._map_pool, peer, identity, self._map_memory)
-            threading.Thread(target=mapping, name="kv-mapping", daemon=True).start()
         return peer
-
-    def _map_pool(self, peer: _Peer, identity: bytes, map_memory: MapMemory) -> None:
-        try:
-            map_pool(str(peer.address), identity, map_memory, partial(self._keep_remote, peer))
-        except DirectError as error:
-            if self._must_map:
-                reason = f"The KV pool of prefill rank {peer.address} cannot be read where it lies: {error}."
-                self.call(partial(self._lose, peer.address, reason))
-            else:
-                logger.info("KV transfer: KV of prefill rank %s comes over zmq: %s", peer.address, error)
-
-    def _keep_remote(self, peer: _Peer, remote: RemotePool) -> None:
-        with self._lock:
-            peer.remote = remote
-            if peer.is_lost:
-                remote.close()
 
     def _dealer(self, address: Address, identity: bytes) -> zmq.Socket:
         socket = self.context.socket(zmq.DEALER)
@@ -249,7 +232,7 @@ class ReceivingEndpoint(SocketLoop):
         """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
         peer = self._peers.pop(address, None)
         if peer is not None:
-            self._unmap(peer)
+            peer.way.close()
             self._observer.has_peers(len(self._peers))
             for each, monitor in zip((peer.socket, peer.life), peer.monitors, strict=True):
                 each.disable_monitor()
@@ -263,13 +246,6 @@ class ReceivingEndpoint(SocketLoop):
             self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, reason)
-
-    def _unmap(self, peer: _Peer) -> None:
-        """A process that ends leaves its memory to those who have it mapped: its successor may need it."""
-        with self._lock:
-            peer.is_lost = True
-            if peer.remote is not None:
-                peer.remote.close()
 
     def _disappoint(self, room: int, reason: str) -> None:
         with self._lock:
@@ -289,6 +265,9 @@ class ReceivingEndpoint(SocketLoop):
     def _dispatch(self, peer: _Peer, frame: Frame) -> None:
         if frame.kind is Kind.PING:
             return
+        if frame.kind is Kind.JOIN:
+            peer.way.join(wire.parse_message(frame, Join))
+            return
         with self._lock:
             room, expected = self._rooms.get(frame.room), self._expected.get(frame.room)
         if expected is not None and frame.kind is Kind.STOP and peer.address in expected.ranks:
@@ -300,8 +279,11 @@ class ReceivingEndpoint(SocketLoop):
         with room.lock:
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
+            if room.num_fetched_later and frame.kind in (Kind.AUX, Kind.END):
+                room.held_back.append(partial(self._dispatch, peer, frame))
+                return
             try:
-                self._take(room, room.ranks.index(peer.address), frame, peer.remote)
+                self._take(room, room.ranks.index(peer.address), frame, peer)
             except TransferError as error:
                 self._fail(room, str(error), Cause.PEER if frame.kind is Kind.STOP else Cause.INCOMPLETE)
                 return
@@ -311,12 +293,14 @@ class ReceivingEndpoint(SocketLoop):
         if is_whole and frame.kind is not Kind.KEPT:
             self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt, asker=room.asker))
 
-    def _take(self, room: ReceiveRoom, rank: int, frame: Frame, remote: RemotePool | None) -> None:
+    def _take(self, room: ReceiveRoom, rank: int, frame: Frame, peer: _Peer) -> None:
         assembly = room.assembly
         if frame.kind is Kind.DATA:
             self._write(room, rank, frame)
         elif frame.kind is Kind.OFFER:
-            self._pull(room, rank, frame, remote)
+            self._pull(room, rank, frame, peer.way.remote)
+        elif frame.kind is Kind.READY:
+            self._queue(room, rank, frame, peer.way.fetcher)
         elif frame.kind is Kind.ANNOUNCE:
             assembly.announce(rank, wire.parse_message(frame, Announce))
         elif frame.kind is Kind.AUX:
@@ -352,9 +336,55 @@ class ReceivingEndpoint(SocketLoop):
             remote.pull(room.parts[rank], block, source_ids, ids)
         except RuntimeError as error:
             raise TransferError(f"The KV pool of prefill rank {rank} could not be read: {error}") from error
-        room.is_pulled = True
+        room.data_plane = CUDA_IPC
         room.unconfirmed.add(rank)
         room.assembly.add_block(rank, block, wire.block_bytes(block, item_lens))
+
+    def _queue(self, room: ReceiveRoom, rank: int, frame: Frame, fetcher: Fetcher | None) -> None:
+        if fetcher is None:
+            raise WireError(f"rank {rank} has a block ready, and there is no channel to it")
+        room.started = room.started or time.monotonic()
+        item_lens = room.sources[rank].item_lens
+        block = wire.parse_ready(frame, len(item_lens), len(room.pages))
+        room.assembly.check_block(rank, block)
+        if (num_bytes := wire.block_bytes(block, item_lens)) > SLOT_BYTES:
+            raise WireError(f"rank {rank} has a block of {num_bytes} bytes ready, at most {SLOT_BYTES} are fetched")
+        room.data_plane = NCCL
+        room.unconfirmed.add(rank)
+        room.num_fetched_later += 1
+        fetcher.add(Fetch(room, rank, block, num_bytes))
+
+    def work(self) -> int | None:
+        """Places blocks that have come over channels."""
+        is_busy = False
+        for peer in list(self._peers.values()):
+            fetcher = peer.way.fetcher
+            if fetcher is None or not fetcher.is_busy:
+                continue
+            try:
+                fetcher.deliver(self._place)
+            except ExchangeError as error:
+                self._lose(peer.address, f"The channel to prefill rank {peer.address} does not work ({error}).")
+            is_busy = is_busy or fetcher.is_busy
+        return FETCH_POLL_MS if is_busy else None
+
+    def _place(self, channel: ReceivingChannel, slot: int, fetch: Fetch) -> None:
+        room, block = fetch.room, fetch.block
+        with room.lock:
+            room.num_fetched_later -= 1
+            if room.closed or room.state is not ReceiveState.RECEIVING:
+                return
+            ids = room.pages[block.first_page : block.first_page + block.num_pages]
+            try:
+                channel.write(slot, room.parts[fetch.rank], block, ids)
+                room.assembly.check_block(fetch.rank, block)
+            except (RuntimeError, WireError) as error:
+                self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
+                return
+            room.assembly.add_block(fetch.rank, block, fetch.num_bytes)
+            held_back, room.held_back = ([], room.held_back) if room.num_fetched_later else (room.held_back, [])
+        for dispatch in held_back:
+            dispatch()
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         payload, expected = frame.payload or b"", sum(self._aux.item_lens)

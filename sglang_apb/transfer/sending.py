@@ -10,23 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import msgspec
-import numpy as np
 import zmq
 
 from sglang_apb.transfer import blocks, wire
 from sglang_apb.transfer.compat import Compat, find_difference
+from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import Memory, MemoryServer
 from sglang_apb.transfer.early import Early, EarlyTable, Key
-from sglang_apb.transfer.heads import PagesByHeads, overlap
+from sglang_apb.transfer.exchange import SLOT_BYTES, ExchangeError, Meeting, PrefillEnds
+from sglang_apb.transfer.heads import PagesByHeads, find_no_overlap, overlap
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.lives import Lives
 from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender_key
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import CudaPages, HostPages, PageIdsLater, Pages, layer_buffers
-from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Kind, Stop, WireError
+from sglang_apb.transfer.wire import Announce, Ask, Buffer, Frame, Join, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,6 @@ SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
 PROBE_MS = 500
 MAX_FRAMES_A_TURN = 64
-MAX_PEERS = 4096
-_PING = wire.pack(Kind.PING, 0, 0)
 
 
 class SendingEndpoint(SocketLoop):
@@ -54,10 +52,8 @@ class SendingEndpoint(SocketLoop):
         self._observer = Observer("prefill", with_metrics)
         self._host = host
         self._memory_server: MemoryServer | None = None
-        self._peers: set[bytes] = set()
-        self._readers: set[bytes] = set()
-        self._lives = Lives(MAX_PEERS)
         self._socket = self.context.socket(zmq.ROUTER)
+        self._peers = DecodePeers(self._socket)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.SNDHWM, SEND_HIGH_WATER_MARK)
@@ -76,17 +72,28 @@ class SendingEndpoint(SocketLoop):
         self._next_probe = 0.0
 
     def start_sending(
-        self, pages: HostPages | CudaPages, aux: Pages, compat: Compat, heads: range, memory: Memory | None = None
+        self,
+        pages: HostPages | CudaPages,
+        aux: Pages,
+        compat: Compat,
+        heads: range,
+        memory: Memory | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
-        """`pages` hold the model's KV `heads`. Decode ranks that can map `memory` read pages where they lie.
+        """`pages` hold the model's KV `heads`. Decode ranks that can map `memory` read pages where they lie; with a
+        `meeting`, others may ask for a channel.
 
         Raises OSError when processes of this machine cannot be told of that memory.
         """
+        if meeting is not None:
+            self._peers.ends = PrefillEnds(meeting, self.call, self._answer_join)
         self._aux, self._compat, self._heads = aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
         if memory is not None:
             address = str(Address(self._host, self.port))
-            self._memory_server = MemoryServer(address, memory, lambda name: self.call(partial(self._add_reader, name)))
+            self._memory_server = MemoryServer(
+                address, memory, lambda name: self.call(partial(self._peers.add_reader, name))
+            )
         self.watch(self._socket, self._receive_all)
         self.start()
 
@@ -111,7 +118,7 @@ class SendingEndpoint(SocketLoop):
     def announce(self, room: SendRoom, ranges: Sequence[PageRange]) -> None:
         """Says which pages this rank sends; before any `send_pages`."""
         room.start()
-        self._put(room, lambda: iter([self._message(room, Announce(list(ranges)))]))
+        self._put(room, lambda: iter([room.pack(Announce(list(ranges)))]))
 
     def send_pages(
         self, room: SendRoom, pages: PageRange, ids: PageIdsLater, layers: Sequence[int], is_final: IsFinal = always
@@ -126,7 +133,7 @@ class SendingEndpoint(SocketLoop):
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
         """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
         room.num_hidden_bytes = room.num_bytes
-        self._put(room, lambda: self._tail(room, aux_index, dict(info)))
+        self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)))
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
@@ -142,7 +149,11 @@ class SendingEndpoint(SocketLoop):
         if time.monotonic() >= self._next_probe:
             self._next_probe = time.monotonic() + PROBE_MS / 1000
             self._probe()
-        return self._send_some() if self._busy else PROBE_MS
+        wait = PROBE_MS
+        for _ in range(MAX_FRAMES_A_TURN):
+            if not self._busy or (wait := self._send_some()):
+                break
+        return wait
 
     def _send_some(self) -> int:
         """Sends one frame of one request. Returns how many milliseconds to wait before the next."""
@@ -158,27 +169,13 @@ class SendingEndpoint(SocketLoop):
         return RETRY_MS if self._num_waiting >= len(self._busy) else 0
 
     def _probe(self) -> None:
-        """Finds decode servers whose connection is gone: ZMQ tells only one who sends."""
-        for identity in list(self._peers):
-            if self._lives.is_silent(identity):
-                self._lose(identity, "Lost the connection to the decode server (it does not answer).")
-                continue
-            for connection in self._lives.connections(identity):
-                try:
-                    self._socket.send_multipart([connection, *_PING], zmq.NOBLOCK)
-                except zmq.Again:
-                    continue  # there, and busy with what was sent before
-                except zmq.ZMQError as error:
-                    self._lose(identity, f"Lost the connection to the decode server ({error}).")
-                    break
-        self._lives.forget_strangers(self._peers)
+        for identity, why in self._peers.find_lost():
+            self._lose(identity, f"Lost the connection to the decode server ({why}).")
         self._observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
-        self._peers.discard(identity)
-        self._readers.discard(identity)
-        self._lives.forget(identity)
+        self._peers.forget(identity)
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
             for key, early in self._early.items():
@@ -222,29 +219,58 @@ class SendingEndpoint(SocketLoop):
         except Exception as error:
             logger.exception("KV transfer: could not read the pages of room %d", room.room)
             self._fail(room, f"The prefill server could not read the request's pages: {error!r}.", Cause.ERROR)
-            self._reply(room.identity, self._message(room, Stop(room.reason[:2000])))
+            self._reply(room.identity, room.pack(Stop(room.reason[:2000])))
             return None
 
     def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, of_layers: range) -> Frames:
-        how = blocks.offered if room.identity in self._readers else blocks.sent
+        if self._peers.has_mapped(room.identity):
+            how = blocks.offered
+        else:
+            how = blocks.sent if self._peers.channel(room.identity) is None else blocks.fetched
         yield from how(room, self._part_for(room), of_layers, pages, ids())
 
-    def _add_reader(self, identity: bytes) -> None:
-        if len(self._readers) < MAX_PEERS:
-            self._readers.add(identity)
+    def _hear_reader(self, identity: bytes) -> None:
+        self.call(partial(self._peers.add_reader, identity))
+
+    def _fetch(self, identity: bytes, frame: Frame) -> None:
+        """Sends a block for which the other side waits: with what it has, if the request is gone."""
+        block, num_bytes = wire.parse_fetch(frame, SLOT_BYTES)
+        channel = self._peers.channel(identity)
+        if channel is None:
+            raise WireError("FETCH without a channel")
+        with self._lock:
+            room = self._rooms.get(frame.key)
+        is_asked = room is not None and (room.identity, room.attempt) == (identity, frame.attempt)
+        ids = room.unfetched.pop(block, None) if is_asked and room is not None and room.is_sending else None
+        try:
+            if room is None or ids is None:
+                channel.send_nothing(num_bytes)
+            else:
+                channel.send(self._part_of(room), block, ids)
+        except ExchangeError as error:
+            self._lose_channel(identity, f"The channel to the decode server does not work ({error}).")
+
+    def _lose_channel(self, identity: bytes, reason: str) -> None:
+        """Its requests fail; later ones go over ZMQ."""
+        with self._lock:
+            rooms = [room for room in self._rooms.values() if room.identity == identity]
+        for room in rooms:
+            if room.is_sending:
+                self._reply(identity, room.pack(Stop(reason)))
+                self._fail(room, reason, Cause.ERROR)
+        if self._peers.ends is not None:
+            self._peers.ends.lose(identity)
+        self._answer_join(identity, Join(reason=reason))
+
+    def _answer_join(self, identity: bytes, join: Join) -> None:
+        self._reply(identity, wire.pack_message(join, 0, 0))
 
     def _part_for(self, room: SendRoom) -> Pages:
         """This rank's pages, or only those heads of them that the decode rank's pages have."""
-        return self._parts.of(overlap(self._heads, range(*room.ask.heads) if room.ask else self._heads))
+        return self._parts.of(self._part_of(room))
 
-    def _tail(self, room: SendRoom, aux_index: int | None, info: dict[str, int | str]) -> Frames:
-        if aux_index is not None:
-            row = self._aux.gather(0, len(self._aux.item_lens), np.array([aux_index], np.int64))
-            yield wire.pack(Kind.AUX, room.room, room.attempt, b"", row.data, room.asker)
-        yield self._message(room, End(room.num_bytes, room.num_hidden_bytes, info))
-
-    def _message(self, room: SendRoom, message: wire.Message) -> list[Buffer]:
-        return wire.pack_message(message, room.room, room.attempt, room.asker)
+    def _part_of(self, room: SendRoom) -> range:
+        return overlap(self._heads, range(*room.ask.heads) if room.ask else self._heads)
 
     def _receive_all(self) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -253,16 +279,17 @@ class SendingEndpoint(SocketLoop):
             envelope, *parts = buffers(message)
             identity = bytes(envelope)
             if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
-                self._reply(identity, wire.pack_message(Stop("This server's key has been revoked."), *_place_of(parts)))
+                self._reply(
+                    identity, wire.pack_message(Stop("This server's key has been revoked."), *wire.place_of(parts))
+                )
                 continue
             try:
                 frame = wire.parse(parts)
                 if frame.kind is Kind.PING:
-                    self._lives.hear(identity)
+                    self._peers.hear(identity)
                     continue
                 self._dispatch(identity, frame)
-                if len(self._peers) < MAX_PEERS:
-                    self._peers.add(identity)
+                self._peers.add(identity)
             except wire.VersionError as error:
                 reason = (
                     f"The decode server speaks wire version {error.version}, the prefill server "
@@ -275,7 +302,7 @@ class SendingEndpoint(SocketLoop):
     def _dispatch(self, identity: bytes, frame: Frame) -> None:
         if frame.kind is Kind.ASK:
             ask = wire.parse_message(frame, Ask)
-            reason = find_difference(self._compat, ask.compat) or self._find_no_heads(ask)
+            reason = find_difference(self._compat, ask.compat) or find_no_overlap(self._heads, range(*ask.heads))
             # What is kept must be small, whatever was sent: not the frame's body, nor lists that do not fit.
             kept = None if reason else msgspec.structs.replace(ask, compat=self._compat)
             self._settle(Early.of(identity, frame, self._early_seconds, reason, kept))
@@ -285,16 +312,18 @@ class SendingEndpoint(SocketLoop):
             self._settle(Early.of(identity, frame, self._early_seconds, wire.parse_message(frame, Stop).reason))
         elif frame.kind is Kind.DONE:
             self._complete(identity, frame)
+        elif frame.kind is Kind.FETCH:
+            self._fetch(identity, frame)
+        elif frame.kind is Kind.JOIN:
+            self._join(identity, wire.parse_message(frame, Join))
         else:
             raise WireError(f"{frame.kind.name} is not for a prefill server")
 
-    def _find_no_heads(self, ask: Ask) -> str:
-        if overlap(self._heads, range(*ask.heads)):
-            return ""
-        return (
-            f"A decode rank asked for KV heads [{ask.heads[0]}, {ask.heads[1]}) of a prefill rank that has "
-            f"[{self._heads.start}, {self._heads.stop})."
-        )
+    def _join(self, identity: bytes, join: Join) -> None:
+        if self._peers.ends is None:
+            self._answer_join(identity, Join(reason="the prefill server's data_plane does not allow it"))
+        else:
+            self._peers.ends.join(identity, join)
 
     def _settle(self, early: Early) -> None:
         """Applies what a decode server says now, or keeps it until the room is opened here."""
@@ -327,7 +356,7 @@ class SendingEndpoint(SocketLoop):
         room.identity, room.attempt, room.ask = early.identity, early.frame.attempt, early.ask
         if early.reason:
             self._fail(room, early.reason, Cause.MISFIT)
-            self._reply(room.identity, self._message(room, Stop(early.reason)))
+            self._reply(room.identity, room.pack(Stop(early.reason)))
         else:
             room.state = SendState.ASKED
 
@@ -348,7 +377,7 @@ class SendingEndpoint(SocketLoop):
         if room.state in (SendState.ASKED, SendState.UNASKED):
             self._observer.failed(room.room, cause, reason)
             if room.identity:
-                self._reply(room.identity, self._message(room, Stop(reason[:2000])))
+                self._reply(room.identity, room.pack(Stop(reason[:2000])))
         if room.state in (SendState.UNASKED, SendState.FAILED):
             self._give_up(room, room.reason or reason)
 
@@ -372,12 +401,3 @@ class SendingEndpoint(SocketLoop):
             self._socket.send_multipart([identity, *frame], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             logger.debug("KV transfer: a decode server did not take a reply: %s", error)
-
-
-def _place_of(parts: Sequence[Buffer]) -> tuple[int, int, int]:
-    """Room, attempt and asker of what may be a frame."""
-    try:
-        frame = wire.parse(parts)
-    except WireError:
-        return 0, 0, 0
-    return frame.room, frame.attempt, frame.asker

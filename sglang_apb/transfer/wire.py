@@ -3,7 +3,8 @@
 A frame is two or three ZMQ parts: header, body, and for DATA, AUX and OFFER a payload of raw bytes.
 
     header   magic "SAPB" | version u8 | kind u8 | asker u16 | room u64 | attempt u64 | checksum u64
-    body     DATA, OFFER: four u32 (Block); ASK, ANNOUNCE, END, STOP: msgpack with bounded fields; else empty
+    body     DATA, OFFER, READY: four u32 (Block), FETCH: these and u64 (bytes);
+             ASK, ANNOUNCE, END, STOP, JOIN: msgpack with bounded fields; else empty
 
 `room` is SGLang's bootstrap room; of several decode ranks that one prefill rank serves, `asker` is the one. `attempt`
 is chosen by the decode side for each ask, so that a late frame of an earlier transfer in the same room is recognised.
@@ -39,6 +40,7 @@ MAX_INFO_ENTRIES = 16
 _HEADER = struct.Struct("!4sBBHQQQ")
 _CHECKSUM_AT = _HEADER.size - 8
 _BLOCK = struct.Struct("!IIII")
+_FETCHED = struct.Struct("!Q")
 _PAGE_IDS = np.dtype("<u4")
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -76,7 +78,10 @@ class Kind(IntEnum):
     EXPECT = 8  # decode to prefill: an ASK for this room will follow when there is memory for its KV
     PING = 9  # nothing: shows whether a connection is there, and to prefill, which one pings go over
     OFFER = 10  # prefill to decode: a block that is final and may be read where it lies (direct.py)
-    KEPT = 11  # prefill to decode: what was offered had not changed when DONE came
+    KEPT = 11  # prefill to decode: what was offered, or fetched, had not changed when DONE came
+    JOIN = 12  # both ways: how to make a channel (exchange.py)
+    READY = 13  # prefill to decode: a block that is final and can be fetched over the channel
+    FETCH = 14  # decode to prefill: the channel waits for that block
 
 
 _WITH_PAYLOAD = (Kind.DATA, Kind.AUX, Kind.OFFER)
@@ -150,10 +155,24 @@ class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Annotated[str, Meta(max_length=2000)]
 
 
-Message: TypeAlias = Ask | Announce | End | Stop
-M = TypeVar("M", Ask, Announce, End, Stop)
+class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Either way: `gpu` of the side that asks, the channel's id, or why there is none."""
 
-_KIND_OF: dict[type, Kind] = {Ask: Kind.ASK, Announce: Kind.ANNOUNCE, End: Kind.END, Stop: Kind.STOP}
+    gpu: Annotated[str, Meta(max_length=128)] = ""
+    unique_id: Annotated[bytes, Meta(max_length=128)] = b""
+    reason: Annotated[str, Meta(max_length=2000)] = ""
+
+
+Message: TypeAlias = Ask | Announce | End | Stop | Join
+M = TypeVar("M", Ask, Announce, End, Stop, Join)
+
+_KIND_OF: dict[type, Kind] = {
+    Ask: Kind.ASK,
+    Announce: Kind.ANNOUNCE,
+    End: Kind.END,
+    Stop: Kind.STOP,
+    Join: Kind.JOIN,
+}
 _DECODERS: dict[Kind, msgspec.msgpack.Decoder] = {
     kind: msgspec.msgpack.Decoder(message) for message, kind in _KIND_OF.items()
 }
@@ -199,6 +218,15 @@ def parse(parts: Sequence[Buffer]) -> Frame:
     return Frame(Kind(kind), room, attempt, parts[1], payload, asker)
 
 
+def place_of(parts: Sequence[Buffer]) -> tuple[int, int, int]:
+    """Room, attempt and asker of what may be a frame; zeros if it is not."""
+    try:
+        frame = parse(parts)
+    except WireError:
+        return 0, 0, 0
+    return frame.room, frame.attempt, frame.asker
+
+
 def parse_message(frame: Frame, message: type[M]) -> M:
     """Raises WireError when the body is not a `message` with every field in its bounds."""
     try:
@@ -240,6 +268,26 @@ def parse_offer(frame: Frame, num_buffers: int, num_pages: int, num_offered: int
     if ids.max() >= num_offered:
         raise WireError(f"OFFER: page {ids.max()} of a pool of {num_offered}")
     return block, ids
+
+
+def parse_ready(frame: Frame, num_buffers: int, num_pages: int) -> Block:
+    """The block of a READY frame. Raises WireError as `parse_block` does."""
+    return _block_of(frame, num_buffers, num_pages)
+
+
+def pack_fetch(block: Block, num_bytes: int) -> bytes:
+    """The body of a FETCH: what to send, and how much the channel waits for."""
+    return block.pack() + _FETCHED.pack(num_bytes)
+
+
+def parse_fetch(frame: Frame, max_bytes: int) -> tuple[Block, int]:
+    """The block of a FETCH frame, and its bytes. Raises WireError when they are more than `max_bytes`."""
+    if len(frame.body) != _BLOCK.size + _FETCHED.size:
+        raise WireError(f"FETCH: body of {len(frame.body)} bytes")
+    (num_bytes,) = _FETCHED.unpack_from(frame.body, _BLOCK.size)
+    if not 0 < num_bytes <= max_bytes:
+        raise WireError(f"FETCH: {num_bytes} bytes, at most {max_bytes}")
+    return Block(*_BLOCK.unpack_from(frame.body)), num_bytes
 
 
 def pack_page_ids(ids: PageIds) -> bytes:

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.bench.transfer import NCCL, Prompt
+from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
+from sglang_apb.commands.bench.transfer import Prompt
+from sglang_apb.transfer import planes
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
-from sglang_apb.transfer.direct import Memory, RemotePool
+from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL
+from sglang_apb.transfer.direct import Memory
+from sglang_apb.transfer.exchange import Meeting
 from sglang_apb.transfer.pages import CudaPages, HostPages
+from sglang_apb.transfer.ways import Ways
 from sglang_apb.transfer.wire import PageIds
 
 _AUX_BYTES = 1024
@@ -42,11 +46,16 @@ class GpuPool:
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
 
-    def memory(self) -> Memory:
-        return export(self.pages, _HEADS)
+    def to_offer(self) -> tuple[Memory | None, Meeting | None]:
+        """The prefill side's."""
+        meeting = planes.meeting(self.pages, _HEADS, 1, AUTO, has_keys=False)
+        return planes.memory_to_offer(self.pages, _HEADS, AUTO), meeting
 
-    def map_memory(self, memory: Memory) -> RemotePool:
-        return CudaRemotePool(memory, self.pages, _HEADS, page_size=1)
+    def mapping(self) -> Ways:
+        return planes.ways(self.pages, _HEADS, 1, CUDA_IPC, has_keys=False)
+
+    def channels(self) -> Ways:
+        return planes.ways(self.pages, _HEADS, 1, NCCL, has_keys=False)
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)
@@ -73,7 +82,7 @@ def receiving(pool: GpuPool, pipe: Connection) -> Iterator[Callable[[], float]]:
     if torch.cuda.device_count() == 1:
         raise OSError("NCCL needs two GPUs")
     store = dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, wait_for_workers=False)
-    pipe.send((NCCL, store.port))
+    pipe.send((PLAIN_NCCL, store.port))
     _join(pool, store, rank=1)
 
     def once() -> float:

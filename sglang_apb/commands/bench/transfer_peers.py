@@ -7,7 +7,7 @@ import multiprocessing
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,27 +18,30 @@ from tqdm import tqdm
 
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import transfer_gpu
-from sglang_apb.commands.bench.transfer import NCCL, RAW, Prompt, Time
+from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
+from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
 from sglang_apb.commands.bench.transfer_gpu import GpuPool, page_ids
 from sglang_apb.transfer import keys
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.config import TransferConfig
-from sglang_apb.transfer.direct import MapMemory
+from sglang_apb.transfer.config import CUDA_IPC, NCCL, ZMQ, TransferConfig
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import Bytes, HostPages, PageIds
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.ways import ZMQ_ONLY, Ways
 
 HOST = "127.0.0.1"
-COPY, ZMQ, SCATTERED, CURVE, MOONCAKE = (
+COPY, OVER_ZMQ, SCATTERED, CURVE, MOONCAKE = (
     "copy in memory",
     "zmq",
     "zmq, scattered pages",
     "zmq, encrypted",
     "mooncake TCP",
 )
-IPC, IPC_SCATTERED = "CUDA IPC", "CUDA IPC, scattered pages"
+IPC, IPC_SCATTERED = "cuda_ipc", "cuda_ipc, scattered pages"
+CHANNEL, CHANNEL_SCATTERED = "nccl", "nccl, scattered pages"
+AT_ONCE = 4
 _WARM_UP = 2
 _POLL_S = 0.0001
 _MAPPING_S = 60.0
@@ -57,9 +60,9 @@ class Pool:
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
 
-    def memory(self) -> None:
-        """It can be sent only."""
-        return None
+    def to_offer(self) -> tuple[()]:
+        """Nothing but ZMQ."""
+        return ()
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)
@@ -90,26 +93,31 @@ def time_ways(prompt: Prompt, repeats: int, device: str) -> tuple[list[Time], li
     return times, notes
 
 
-Ways = dict[str, Callable[[], Any]]
+Starts = dict[str, Callable[[], Any]]
 
 
-def _cpu_ways(pool: Pool, pipe: Connection, folder: Path) -> Ways:
+def _cpu_ways(pool: Pool, pipe: Connection, folder: Path) -> Starts:
     return {
         COPY: partial(_copy, pool, Pool(pool.prompt, 1)),
         RAW: partial(_raw_socket, pool, pipe),
-        ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
+        OVER_ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
         SCATTERED: partial(_zmq, pool, pipe, None, scattered=True),
         CURVE: partial(_zmq, pool, pipe, folder, scattered=False),
         MOONCAKE: partial(_mooncake, pool, pipe),
     }
 
 
-def _gpu_ways(pool: GpuPool, pipe: Connection) -> Ways:
+def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
+    once = pool, pipe, None
     return {
-        NCCL: partial(transfer_gpu.receiving, pool, pipe),
-        IPC: partial(_zmq, pool, pipe, None, scattered=False, map_memory=pool.map_memory),
-        IPC_SCATTERED: partial(_zmq, pool, pipe, None, scattered=True, map_memory=pool.map_memory),
-        ZMQ: partial(_zmq, pool, pipe, None, scattered=False),
+        PLAIN_NCCL: partial(transfer_gpu.receiving, pool, pipe),
+        IPC: partial(_zmq, *once, scattered=False, ways=pool.mapping()),
+        IPC_SCATTERED: partial(_zmq, *once, scattered=True, ways=pool.mapping()),
+        f"{IPC}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=pool.mapping(), at_once=AT_ONCE),
+        CHANNEL: partial(_zmq, *once, scattered=False, ways=pool.channels()),
+        CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, ways=pool.channels()),
+        f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=pool.channels(), at_once=AT_ONCE),
+        OVER_ZMQ: partial(_zmq, *once, scattered=False),
     }
 
 
@@ -142,12 +150,12 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
             _send_raw(pool, argument)
         elif way == MOONCAKE:
             _send_mooncake(pool, argument, pipe)
-        elif way == NCCL:
+        elif way == PLAIN_NCCL:
             transfer_gpu.send(pool, argument, pipe)
         elif isinstance(argument, bool):  # where to connect, with or without keys
             if argument not in endpoints:
                 endpoints[argument] = SendingEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
-                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1), pool.memory())
+                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1), *pool.to_offer())
             pipe.send(endpoints[argument].port)
         else:
             _send_zmq(endpoints[way], pool, *argument)
@@ -201,56 +209,60 @@ def _zmq(
     folder: Path | None,
     *,
     scattered: bool,
-    map_memory: MapMemory | None = None,
+    ways: Ways = ZMQ_ONLY,
+    at_once: int = 1,
 ) -> Iterator[Callable[[], float]]:
     ours = _keys(folder, "decode") if folder else None
     theirs = _keys(folder, "prefill") if folder else None
-    pipe.send((ZMQ, folder is not None))
+    pipe.send((OVER_ZMQ, folder is not None))
     address = (HOST, pipe.recv(), theirs.public if theirs else "")
-    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours, map_memory=map_memory)
+    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours, ways=ways)
     receiver.start()
     rooms = iter(range(1, 1 << 30))
     ids = pool.ids(scattered=scattered)
-    is_pulled = False
+    plane = ""
 
     def once() -> float:
-        nonlocal is_pulled
-        number = next(rooms)
-        pipe.send((folder is not None, (number, scattered)))
+        nonlocal plane
+        numbers = [next(rooms) for _ in range(at_once)]
+        pipe.send((folder is not None, (numbers, scattered)))
         started = time.perf_counter()
-        room = receiver.open(number, [address], ids, 0)
-        while room.state is ReceiveState.RECEIVING:
+        opened = [receiver.open(number, [address], ids, 0) for number in numbers]
+        while any(room.state is ReceiveState.RECEIVING for room in opened):
             time.sleep(_POLL_S)
         seconds = time.perf_counter() - started
-        if room.state is ReceiveState.FAILED:
-            raise CommandError(f"the transfer failed: {room.reason}")
-        is_pulled = room.is_pulled
-        receiver.close(room)
-        return seconds
+        for room in opened:
+            if room.state is ReceiveState.FAILED:
+                raise CommandError(f"the transfer failed: {room.reason}")
+            plane = room.data_plane
+            receiver.close(room)
+        return seconds / at_once
 
     try:
         deadline = time.monotonic() + _MAPPING_S
-        while map_memory is not None and not is_pulled:  # it is mapped meanwhile
+        while plane != (CUDA_IPC if ways.map_memory else NCCL if ways.meeting else ZMQ):  # it is found meanwhile
             once()
             if time.monotonic() > deadline:
-                raise OSError("the pool could not be mapped")
+                raise OSError("pages came over zmq")
         yield once
     finally:
         receiver.stop()
 
 
-def _send_zmq(endpoint: SendingEndpoint, pool: Pool | GpuPool, number: int, scattered: bool) -> None:
-    room = endpoint.open(number)
-    while room.state is SendState.UNASKED:
-        time.sleep(_POLL_S)
+def _send_zmq(endpoint: SendingEndpoint, pool: Pool | GpuPool, numbers: Sequence[int], scattered: bool) -> None:
+    opened = [endpoint.open(number) for number in numbers]
     ids = pool.ids(scattered=scattered)
     pages = (0, len(ids))
-    endpoint.announce(room, [pages])
-    endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
-    endpoint.finish(room, 0, {})
-    while room.state is SendState.ASKED:
-        time.sleep(_POLL_S)
-    endpoint.close(room)
+    for room in opened:
+        while room.state is SendState.UNASKED:
+            time.sleep(_POLL_S)
+        endpoint.announce(room, [pages])
+        endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
+        endpoint.finish(room, 0, {})
+    for room in opened:
+        while room.state is SendState.ASKED:
+            time.sleep(_POLL_S)
+        endpoint.close(room)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,171 @@
+"""Blocks that are fetched: over a channel for which both sides must be ready at once (nccl.py).
+
+    decode    JOIN: its GPU              -->
+              <--  JOIN: where to meet, or why not     prefill
+              both make their end of the channel
+    decode    JOIN: it has its end       -->           from here on blocks are not sent but said to be READY
+              <--  READY: a block
+    decode has a slot free, waits for the block there
+              FETCH: the block           -->           the block goes over the channel
+
+A send that nobody waits for would hold multiprocessors of the prefill rank's GPU, and one peer that hangs all others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.inbox import ReceiveRoom
+from sglang_apb.transfer.wire import Block, Buffer, Join, Kind, PageIds
+
+logger = logging.getLogger(__name__)
+
+# Of GPU memory on both sides, for each pair. More in flight than a message's way there and back takes.
+SLOT_BYTES = 1 << 26
+NUM_SLOTS = 4
+
+Ticket: TypeAlias = Callable[[], bool]
+
+
+class ExchangeError(RuntimeError):
+    """A channel does not work, or not any more."""
+
+
+class SendingChannel(Protocol):
+    def send(self, part: range, block: Block, ids: PageIds) -> None:
+        """Queues the heads `part` of a block, pages `ids` of the pool. Raises ExchangeError."""
+        ...
+
+    def send_nothing(self, num_bytes: int) -> None:
+        """In place of a block of a request that is gone. Raises ExchangeError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ReceivingChannel(Protocol):
+    def post(self, slot: int, num_bytes: int) -> Ticket:
+        """Waits for the next block in a slot; the ticket says whether it is there. Raises ExchangeError."""
+        ...
+
+    def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
+        """From a slot to pages `ids` of the pool; returns when they are there."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way."""
+
+    gpu: str
+    new_id: Callable[[], bytes]
+    sender: Callable[[bytes], SendingChannel]
+    receiver: Callable[[bytes], ReceivingChannel]
+
+
+@dataclass
+class _End:
+    channel: SendingChannel | None = None
+    is_met: bool = False  # the other side has its end
+
+
+class PrefillEnds:
+    """A prefill rank's channels. Ends are made in threads of their own; everything else is the endpoint's thread's."""
+
+    def __init__(
+        self, meeting: Meeting, call: Callable[[Callable[[], None]], None], reply: Callable[[bytes, Join], None]
+    ):
+        self._meeting, self._call, self._reply = meeting, call, reply
+        self._ends: dict[bytes, _End] = {}
+
+    def join(self, identity: bytes, join: Join) -> None:
+        if identity in self._ends:
+            self._ends[identity].is_met |= bool(join.unique_id)
+        elif join.gpu == self._meeting.gpu:
+            self._reply(identity, Join(reason="both ranks are on one GPU"))
+        elif not join.unique_id:
+            self._ends[identity] = _End()
+            threading.Thread(target=self._make, args=(identity,), name="kv-channel", daemon=True).start()
+
+    def channel(self, identity: bytes) -> SendingChannel | None:
+        """None while one of the ends is missing."""
+        end = self._ends.get(identity)
+        return end.channel if end is not None and end.is_met else None
+
+    def lose(self, identity: bytes) -> None:
+        end = self._ends.pop(identity, None)
+        if end is not None and end.channel is not None:
+            end.channel.close()
+
+    def _make(self, identity: bytes) -> None:
+        try:
+            unique_id = self._meeting.new_id()
+            self._call(partial(self._reply, identity, Join(unique_id=unique_id)))
+            channel = self._meeting.sender(unique_id)
+        except RuntimeError as error:
+            logger.warning("KV transfer: no channel to a decode rank: %s", error)
+            self._call(partial(self.lose, identity))
+        else:
+            self._call(partial(self._add, identity, channel))
+
+    def _add(self, identity: bytes, channel: SendingChannel) -> None:
+        if identity in self._ends:
+            self._ends[identity].channel = channel
+        else:  # lost meanwhile
+            channel.close()
+
+
+@dataclass(frozen=True, eq=False)
+class Fetch:
+    """A block that is on its way to a decode rank, or going to be."""
+
+    room: ReceiveRoom
+    rank: int
+    block: Block
+    num_bytes: int
+
+
+class Fetcher:
+    """A decode rank's end of one channel. Everything is the endpoint's thread's."""
+
+    def __init__(self, channel: ReceivingChannel, send: Callable[[list[Buffer]], None]):
+        self.channel = channel
+        self._send = send
+        self._waiting: deque[Fetch] = deque()
+        self._coming: deque[tuple[int, Fetch, Ticket]] = deque()
+        self._free = deque(range(NUM_SLOTS))
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._waiting or self._coming)
+
+    def add(self, fetch: Fetch) -> None:
+        self._waiting.append(fetch)
+
+    def deliver(self, place: Callable[[ReceivingChannel, int, Fetch], None]) -> None:
+        """Has each block that is there taken out of its slot by `place`. Raises ExchangeError."""
+        self._post()
+        while self._coming and self._coming[0][2]():
+            slot, fetch, _ = self._coming.popleft()
+            place(self.channel, slot, fetch)
+            self._free.append(slot)
+            self._post()
+
+    def _post(self) -> None:
+        while self._free and self._waiting:
+            fetch = self._waiting.popleft()
+            slot = self._free.popleft()
+            ticket = self.channel.post(slot, fetch.num_bytes)
+            self._coming.append((slot, fetch, ticket))
+            room = fetch.room
+            body = wire.pack_fetch(fetch.block, fetch.num_bytes)
+            self._send(wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker))

@@ -1,0 +1,122 @@
+"""Decode side: by which way pages of one prefill rank get here, of those that `data_plane` allows."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
+from sglang_apb.transfer.exchange import Fetcher, Meeting, ReceivingChannel
+from sglang_apb.transfer.wire import Buffer, Join
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """The first that works with a prefill rank: its pool is mapped, a channel to it is made, or `zmq_too`."""
+
+    map_memory: MapMemory | None = None
+    meeting: Meeting | None = None
+    zmq_too: bool = True
+
+
+ZMQ_ONLY = Ways()
+
+
+class _Call(Protocol):
+    def __call__(self, command: Callable[[], None]) -> None: ...
+
+
+class Way:
+    """To the prefill rank at `address`, for which this side is called `identity`. Until a better one is found, in
+    threads of their own, KV comes over ZMQ.
+
+    `remote` is its pool, once that can be read as it lies; `fetcher` gets blocks, once there is a channel. `call` runs
+    a command in the endpoint's thread, in which `send` and `give_up` have to run, and everything else here.
+    """
+
+    def __init__(
+        self,
+        ways: Ways,
+        address: str,
+        identity: bytes,
+        call: _Call,
+        send: Callable[[list[Buffer]], None],
+        give_up: Callable[[str], None],
+    ):
+        self.remote: RemotePool | None = None
+        self.fetcher: Fetcher | None = None
+        self._ways, self._address, self._identity = ways, address, identity
+        self._call, self._send, self._give_up = call, send, give_up
+        self._lock = threading.Lock()
+        self._is_closed = False
+        if ways.map_memory is not None or ways.meeting is not None:
+            threading.Thread(target=self._find, name="kv-way", daemon=True).start()
+
+    def join(self, join: Join) -> None:
+        """What a prefill rank answers: where to meet, or why not, or not any more."""
+        if self.fetcher is not None:
+            self.fetcher.channel.close()
+            self.fetcher = None
+        if join.reason:
+            self._do_without(f"There is no channel to prefill rank {self._address}: {join.reason}")
+        elif self._ways.meeting is not None:
+            make = partial(self._make_channel, self._ways.meeting, join.unique_id)
+            threading.Thread(target=make, name="kv-channel", daemon=True).start()
+
+    def close(self) -> None:
+        """A process that ends leaves its memory to those who have it mapped: its successor may need it."""
+        with self._lock:
+            self._is_closed = True
+            if self.remote is not None:
+                self.remote.close()
+        if self.fetcher is not None:
+            self.fetcher.channel.close()
+
+    def _find(self) -> None:
+        reason = ""
+        if self._ways.map_memory is not None:
+            try:
+                map_pool(self._address, self._identity, self._ways.map_memory, self._keep_remote)
+                return
+            except DirectError as error:
+                reason = f"The KV pool of prefill rank {self._address} cannot be read where it lies: {error}"
+        if self._ways.meeting is not None:
+            self._call(partial(self._send, wire.pack_message(Join(gpu=self._ways.meeting.gpu), 0, 0)))
+        else:
+            self._call(partial(self._do_without, reason))
+
+    def _keep_remote(self, remote: RemotePool) -> None:
+        with self._lock:
+            self.remote = remote
+            if self._is_closed:
+                remote.close()
+
+    def _make_channel(self, meeting: Meeting, unique_id: bytes) -> None:
+        try:
+            channel = meeting.receiver(unique_id)
+        except RuntimeError as error:
+            self._call(partial(self._do_without, f"There is no channel to prefill rank {self._address}: {error}"))
+        else:
+            self._call(partial(self._keep_channel, channel, unique_id))
+
+    def _keep_channel(self, channel: ReceivingChannel, unique_id: bytes) -> None:
+        if self._is_closed:
+            channel.close()
+            return
+        self.fetcher = Fetcher(channel, self._send)
+        self._send(wire.pack_message(Join(unique_id=unique_id), 0, 0))
+
+    def _do_without(self, reason: str) -> None:
+        if self._is_closed:
+            return
+        if self._ways.zmq_too:
+            logger.info("KV transfer: KV comes over zmq. %s", reason)
+        else:
+            self._give_up(reason)

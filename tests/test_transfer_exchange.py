@@ -1,0 +1,182 @@
+"""Blocks that are fetched over a channel: a queue of this process. tests/test_gpu_transfer.py has NCCL."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from transfer_peers import ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
+
+from sglang_apb.transfer import blocks, exchange, wire
+from sglang_apb.transfer.exchange import ExchangeError
+from sglang_apb.transfer.inbox import ReceiveState
+from sglang_apb.transfer.outbox import SendState
+from sglang_apb.transfer.wire import Block, Frame, Kind, WireError
+
+OWNED = {1: [[(0, 120)]], 2: [[(0, 30), (90, 120)], [(30, 90)]]}
+
+
+def connect(peers: Cluster) -> None:
+    """Until every prefill rank has a channel that both sides have made."""
+    ready = peers.ask(99, np.arange(0))
+    rooms = [sender.open(99) for sender in peers.senders]
+    assert all(asked(room) for room in rooms)
+    for sender, room in zip(peers.senders, rooms, strict=True):
+        assert wait_for(lambda s=sender, r=room: s._peers.channel(r.identity) is not None)
+    peers.receiver.close(ready)
+    for sender, room in zip(peers.senders, rooms, strict=True):
+        sender.close(room)
+
+
+@pytest.mark.parametrize("num_ranks", OWNED)
+@pytest.mark.parametrize("block_bytes", [exchange.SLOT_BYTES, 3000])
+def test_blocks_are_fetched(num_ranks: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several requests at once, in fewer slots than they have blocks."""
+    monkeypatch.setattr(blocks, "SLOT_BYTES", block_bytes)
+    rng = np.random.default_rng(num_ranks)
+    with cluster(num_ranks, tubes=Tubes()) as peers:
+        connect(peers)
+        targets = rng.permutation(500)[:360].reshape(3, 120).astype(np.int64)
+        source = rng.permutation(500)[:120].astype(np.int64)
+        decodes = [peers.ask(number, target) for number, target in enumerate(targets)]
+        rooms = [[sender.open(number) for sender in peers.senders] for number in range(3)]
+        for of_request in rooms:
+            for rank, (sender, room) in enumerate(zip(peers.senders, of_request, strict=True)):
+                assert asked(room)
+                send_owned(sender, room, source, OWNED[num_ranks][rank], 5 if rank == 0 else None)
+        for decode, target, of_request in zip(decodes, targets, rooms, strict=True):
+            assert received(decode), decode.reason
+            assert wait_for(lambda of=of_request: all(room.state is SendState.DONE for room in of))
+            for rank, owned in enumerate(OWNED[num_ranks]):
+                for start, end in owned:
+                    assert rows(peers.pool, target[start:end]) == rows(peers.pools[rank], source[start:end])
+            assert decode.data_plane == "nccl" and all(room.is_offered for room in of_request)
+            assert decode.assembly.num_bytes == sum(room.num_bytes for room in of_request) == 120 * sum(ITEM_LENS)
+
+
+def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        tubes.before_arrival = lambda: False
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert wait_for(lambda: bool(decode.held_back))
+        time.sleep(0.05)
+        assert decode.state is ReceiveState.RECEIVING and decode.assembly.num_bytes == 0
+        tubes.before_arrival = lambda: True
+        assert received(decode), decode.reason
+
+
+def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None:
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        sender = peers.senders[0]
+        first, room = peers.ask(1, np.arange(8)), sender.open(1)
+        assert asked(room)
+        sender.announce(room, [(0, 8)])
+        assert wait_for(lambda: first.assembly._ranges[0] is not None)
+        # READY, of a request that is closed when its FETCH comes.
+        ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
+        sender.call(partial(sender._reply, room.identity, ready))
+        assert wait_for(lambda: first.data_plane == "nccl" and first.num_fetched_later == 0)
+        sender.close(room, "The client went away.")
+        assert wait_for(lambda: first.state is ReceiveState.FAILED)
+        assert first.reason == "The client went away."
+        second, room = peers.ask(2, np.arange(10, 18)), sender.open(2)
+        assert asked(room)
+        send_owned(sender, room, np.arange(8), [(0, 8)], 5)
+        assert received(second), second.reason
+        assert rows(peers.pool, np.arange(10, 18)) == rows(peers.pools[0], np.arange(8))
+
+
+def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq() -> None:
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+
+        def fail() -> None:
+            raise ExchangeError("remote process exited")
+
+        tubes.before_send = fail
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert not received(decode)
+        assert "does not work (remote process exited)" in decode.reason == room.reason
+        assert wait_for(lambda: all(end.is_closed for end in tubes.ends))
+        decode, room = peers.ask(2, np.arange(8)), peers.senders[0].open(2)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert received(decode), decode.reason
+        assert decode.data_plane == "zmq"
+
+
+def test_channels_are_closed_when_a_rank_is_gone() -> None:
+    tubes = Tubes()
+    with cluster(2, tubes=tubes) as peers:
+        connect(peers)
+        peers.senders[1].stop()
+        assert wait_for(lambda: sum(end.is_closed for end in tubes.ends) == 1)
+        peers.receiver.stop()
+        assert wait_for(lambda: sum(end.is_closed for end in tubes.ends) == 2)
+        peers.senders.pop()
+        peers.receiver.start = peers.receiver.stop = lambda: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("zmq_too", [True, False])
+def test_where_there_is_no_channel_pages_are_sent(zmq_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ranks on one GPU."""
+    tubes = Tubes()
+    make = Tubes.meeting
+    monkeypatch.setattr(Tubes, "meeting", lambda self, pages, gpu: make(self, pages, "the only one"))
+    with cluster(tubes=tubes, zmq_too=zmq_too) as peers:
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        if not zmq_too:
+            assert not received(decode)
+            assert "both ranks are on one GPU" in decode.reason
+            return
+        assert asked(room)
+        time.sleep(0.1)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert received(decode), decode.reason
+        assert decode.data_plane == "zmq" and not tubes.ends
+
+
+def test_frames_out_of_bounds() -> None:
+    block = Block(0, 6, 0, 2)
+
+    def frame(body: bytes) -> Frame:
+        return wire.parse(wire.pack(Kind.FETCH, 1, 1, body))
+
+    assert wire.parse_fetch(frame(wire.pack_fetch(block, 100)), 100) == (block, 100)
+    for body, reason in (
+        (wire.pack_fetch(block, 101), "101 bytes, at most 100"),
+        (wire.pack_fetch(block, 0), "0 bytes"),
+        (block.pack(), "body of 16 bytes"),
+    ):
+        with pytest.raises(WireError, match=reason):
+            wire.parse_fetch(frame(body), 100)
+    with pytest.raises(WireError, match="outside 5 buffers"):
+        wire.parse_ready(wire.parse(wire.pack(Kind.READY, 1, 1, block.pack())), 5, 2)
+
+
+def test_frames_that_are_not_expected_change_nothing() -> None:
+    with cluster() as peers:
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        sender = peers.senders[0]
+        sender.announce(room, [(0, 8)])
+        ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
+        sender.call(partial(sender._reply, room.identity, ready))
+        fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(Block(0, 6, 0, 8), 100))
+        peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
+        time.sleep(0.1)
+        assert decode.state is ReceiveState.RECEIVING and decode.num_fetched_later == 0
+        sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
+        sender.finish(room, 5, {})
+        assert received(decode)
