@@ -15,6 +15,7 @@ from functools import partial
 import msgspec
 import numpy as np
 import pytest
+import zmq
 from transfer_peers import (
     ITEM_LENS,
     Cluster,
@@ -31,6 +32,7 @@ from transfer_peers import (
 from sglang_apb.settings import ConfigError
 from sglang_apb.transfer import direct, planes, wire
 from sglang_apb.transfer.config import TransferConfig
+from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import DirectError, Memory, MemoryServer, map_pool
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
@@ -104,6 +106,44 @@ def test_a_decode_rank_waits_for_the_word_that_pages_were_kept(monkeypatch: pyte
         monkeypatch.undo()
         peers.senders[0].call(partial(peers.senders[0]._complete, room.identity, Frame(Kind.DONE, 1, room.attempt)))
         assert received(decode)
+
+
+def test_more_requests_at_once_than_zmq_takes_frames() -> None:
+    """What confirms one waits behind what was sent of the others."""
+    shared = SharedPages()
+    with cluster(shared=shared) as peers:
+        connect(peers)
+        shared.before_pull = lambda: time.sleep(0.005)
+        decodes = [peers.ask(number, np.arange(10 * number, 10 * number + 10)) for number in range(40)]
+        rooms = [peers.senders[0].open(number) for number in range(40)]
+        for room in rooms:
+            assert asked(room)
+            send_owned(peers.senders[0], room, np.arange(10), [(0, 10)], 5)
+        assert all(received(decode) for decode in decodes)
+        assert wait_for(lambda: all(room.state is SendState.DONE for room in rooms))
+
+
+def test_replies_that_zmq_does_not_take_yet_are_sent_later_and_in_order() -> None:
+    class Full:
+        def __init__(self) -> None:
+            self.taken: list[bytes] = []
+            self.is_full = True
+
+        def send_multipart(self, parts: list[bytes], flags: int) -> None:
+            if self.is_full and parts[0] == b"slow":
+                raise zmq.Again
+            if parts[0] == b"gone":
+                raise zmq.ZMQError(zmq.EHOSTUNREACH)
+            self.taken.append(parts[1])
+
+    socket = Full()
+    peers = DecodePeers(socket)  # type: ignore[arg-type]
+    for name, frame in ((b"slow", b"1"), (b"quick", b"2"), (b"gone", b"3"), (b"slow", b"4")):
+        peers.reply(name, [frame])
+    assert not peers.flush() and socket.taken == [b"2"]
+    socket.is_full = False
+    peers.reply(b"slow", [b"5"])
+    assert peers.flush() and socket.taken == [b"2", b"1", b"4", b"5"]
 
 
 def test_pulling_that_fails_fails_the_request() -> None:
@@ -186,7 +226,7 @@ def test_frames_that_are_not_expected_change_nothing() -> None:
         peers.senders[0].announce(room, [(0, 8)])
         offer = wire.pack(Kind.OFFER, 1, room.attempt, wire.Block(0, 6, 0, 8).pack(), wire.pack_page_ids(np.arange(8)))
         for frame in (offer, wire.pack(Kind.KEPT, 1, room.attempt)):
-            peers.senders[0].call(partial(peers.senders[0]._reply, room.identity, frame))
+            peers.senders[0].call(partial(peers.senders[0]._peers.reply, room.identity, frame))
         time.sleep(0.1)
         assert decode.state is ReceiveState.RECEIVING and decode.assembly.num_bytes == 0
         peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))

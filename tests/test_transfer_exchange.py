@@ -82,7 +82,7 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
         assert wait_for(lambda: first.assembly._ranges[0] is not None)
         # READY, of a request that is closed when its FETCH comes.
         ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
-        sender.call(partial(sender._reply, room.identity, ready))
+        sender.call(partial(sender._peers.reply, room.identity, ready))
         assert wait_for(lambda: first.data_plane == "nccl" and first.num_fetched_later == 0)
         sender.close(room, "The client went away.")
         assert wait_for(lambda: first.state is ReceiveState.FAILED)
@@ -172,7 +172,7 @@ def test_frames_that_are_not_expected_change_nothing() -> None:
         sender = peers.senders[0]
         sender.announce(room, [(0, 8)])
         ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
-        sender.call(partial(sender._reply, room.identity, ready))
+        sender.call(partial(sender._peers.reply, room.identity, ready))
         fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(Block(0, 6, 0, 8), 100))
         peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
         time.sleep(0.1)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+
 import zmq
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.exchange import PrefillEnds, SendingChannel
 from sglang_apb.transfer.lives import Lives
-from sglang_apb.transfer.wire import Kind
+from sglang_apb.transfer.wire import Buffer, Kind
+
+logger = logging.getLogger(__name__)
 
 MAX_PEERS = 4096
+MAX_UNSENT = 1 << 14
 _PING = wire.pack(Kind.PING, 0, 0)
 
 
@@ -21,6 +27,7 @@ class DecodePeers:
         self._names: set[bytes] = set()
         self._readers: set[bytes] = set()
         self._lives = Lives(MAX_PEERS)
+        self._unsent: dict[bytes, deque[list[Buffer]]] = {}
         self.ends: PrefillEnds | None = None
 
     def __len__(self) -> int:
@@ -45,7 +52,36 @@ class DecodePeers:
         """A ping."""
         self._lives.hear(connection)
 
+    def reply(self, name: bytes, frame: list[Buffer]) -> None:
+        """Sends a frame now or, when so much waits for that rank that ZMQ takes no more, at a later `flush`."""
+        if name not in self._unsent and self._send(name, frame):
+            return
+        if sum(map(len, self._unsent.values())) < MAX_UNSENT:
+            self._unsent.setdefault(name, deque()).append(frame)
+        else:
+            logger.warning("KV transfer: dropped a reply: %d wait for decode servers that do not read", MAX_UNSENT)
+
+    def flush(self) -> bool:
+        """Whether no reply waits any more."""
+        for name, frames in list(self._unsent.items()):
+            while frames and self._send(name, frames[0]):
+                frames.popleft()
+            if not frames:
+                del self._unsent[name]
+        return not self._unsent
+
+    def _send(self, name: bytes, frame: list[Buffer]) -> bool:
+        """Whether there is no need to try again."""
+        try:
+            self._socket.send_multipart([name, *frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            logger.debug("KV transfer: a decode server did not take a reply: %s", error)
+        return True
+
     def forget(self, name: bytes) -> None:
+        self._unsent.pop(name, None)
         self._names.discard(name)
         self._readers.discard(name)
         self._lives.forget(name)

@@ -153,7 +153,7 @@ class SendingEndpoint(SocketLoop):
         for _ in range(MAX_FRAMES_A_TURN):
             if not self._busy or (wait := self._send_some()):
                 break
-        return wait
+        return wait if self._peers.flush() else min(wait, RETRY_MS)
 
     def _send_some(self) -> int:
         """Sends one frame of one request. Returns how many milliseconds to wait before the next."""
@@ -219,7 +219,7 @@ class SendingEndpoint(SocketLoop):
         except Exception as error:
             logger.exception("KV transfer: could not read the pages of room %d", room.room)
             self._fail(room, f"The prefill server could not read the request's pages: {error!r}.", Cause.ERROR)
-            self._reply(room.identity, room.pack(Stop(room.reason[:2000])))
+            self._peers.reply(room.identity, room.pack(Stop(room.reason[:2000])))
             return None
 
     def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, of_layers: range) -> Frames:
@@ -256,14 +256,14 @@ class SendingEndpoint(SocketLoop):
             rooms = [room for room in self._rooms.values() if room.identity == identity]
         for room in rooms:
             if room.is_sending:
-                self._reply(identity, room.pack(Stop(reason)))
+                self._peers.reply(identity, room.pack(Stop(reason)))
                 self._fail(room, reason, Cause.ERROR)
         if self._peers.ends is not None:
             self._peers.ends.lose(identity)
         self._answer_join(identity, Join(reason=reason))
 
     def _answer_join(self, identity: bytes, join: Join) -> None:
-        self._reply(identity, wire.pack_message(join, 0, 0))
+        self._peers.reply(identity, wire.pack_message(join, 0, 0))
 
     def _part_for(self, room: SendRoom) -> Pages:
         """This rank's pages, or only those heads of them that the decode rank's pages have."""
@@ -279,7 +279,7 @@ class SendingEndpoint(SocketLoop):
             envelope, *parts = buffers(message)
             identity = bytes(envelope)
             if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
-                self._reply(
+                self._peers.reply(
                     identity, wire.pack_message(Stop("This server's key has been revoked."), *wire.place_of(parts))
                 )
                 continue
@@ -338,7 +338,7 @@ class SendingEndpoint(SocketLoop):
             self._apply(room, early)
         elif reason and early.frame.kind in (Kind.ASK, Kind.EXPECT):
             frame = early.frame
-            self._reply(early.identity, wire.pack_message(Stop(reason), frame.room, frame.attempt, frame.asker))
+            self._peers.reply(early.identity, wire.pack_message(Stop(reason), frame.room, frame.attempt, frame.asker))
 
     def _apply(self, room: SendRoom, early: Early, was_early: bool = False) -> None:
         if early.frame.kind is Kind.EXPECT:
@@ -356,7 +356,7 @@ class SendingEndpoint(SocketLoop):
         room.identity, room.attempt, room.ask = early.identity, early.frame.attempt, early.ask
         if early.reason:
             self._fail(room, early.reason, Cause.MISFIT)
-            self._reply(room.identity, room.pack(Stop(early.reason)))
+            self._peers.reply(room.identity, room.pack(Stop(early.reason)))
         else:
             room.state = SendState.ASKED
 
@@ -367,7 +367,7 @@ class SendingEndpoint(SocketLoop):
             return
         if room.state is SendState.ASKED:
             if room.is_offered:  # until here they were this request's: `close` comes before they are freed
-                self._reply(identity, wire.pack(Kind.KEPT, room.room, room.attempt, asker=room.asker))
+                self._peers.reply(identity, wire.pack(Kind.KEPT, room.room, room.attempt, asker=room.asker))
             room.finished = time.monotonic()
             room.state = SendState.DONE
             self._observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
@@ -377,7 +377,7 @@ class SendingEndpoint(SocketLoop):
         if room.state in (SendState.ASKED, SendState.UNASKED):
             self._observer.failed(room.room, cause, reason)
             if room.identity:
-                self._reply(room.identity, room.pack(Stop(reason[:2000])))
+                self._peers.reply(room.identity, room.pack(Stop(reason[:2000])))
         if room.state in (SendState.UNASKED, SendState.FAILED):
             self._give_up(room, room.reason or reason)
 
@@ -395,9 +395,3 @@ class SendingEndpoint(SocketLoop):
             room.reason = reason
             room.state = SendState.FAILED
         room.clear()
-
-    def _reply(self, identity: bytes, frame: list[Buffer]) -> None:
-        try:
-            self._socket.send_multipart([identity, *frame], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            logger.debug("KV transfer: a decode server did not take a reply: %s", error)
