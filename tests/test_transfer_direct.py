@@ -109,7 +109,7 @@ def test_a_decode_rank_waits_for_the_word_that_pages_were_kept(monkeypatch: pyte
 
 
 def test_more_requests_at_once_than_zmq_takes_frames() -> None:
-    """What confirms one waits behind what was sent of the others."""
+    """Each is confirmed, and each on its own."""
     shared = SharedPages()
     with cluster(shared=shared) as peers:
         connect(peers)
