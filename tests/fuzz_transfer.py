@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import psutil
 from hostile import FRAMES, FakeDecode, FakePrefill
-from transfer_peers import Cluster, asked, cluster, received, rows, send_owned, wait_for
+from transfer_peers import Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
 from sglang_apb.transfer.inbox import ReceiveState
 
@@ -51,7 +51,7 @@ def decode_side(num_frames: int, seed: int) -> Report:
         assert not any(rows(peers.aux, [0])), "a first token from nowhere"
         peers.receiver.close(room)
 
-    with cluster() as peers, FakePrefill() as prefill:
+    with cluster(tubes=Tubes()) as peers, FakePrefill() as prefill:
         return _run(peers, num_frames, seed, lambda *rest: attack(peers, prefill, *rest))
 
 
@@ -64,7 +64,7 @@ def prefill_side(num_frames: int, seed: int) -> Report:
                 stranger.send(_next(rng, rng.randrange(1 << 60), rng.randrange(1 << 40), report))
             stranger.send([b"x" * (4 << 20)])
 
-    with cluster() as peers:
+    with cluster(tubes=Tubes()) as peers:
         return _run(peers, num_frames, seed, lambda *rest: attack(peers, *rest))
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import msgspec
+import numpy as np
 import zmq
 from transfer_peers import AUX_LENS, COMPAT, ITEM_LENS, Cluster
 
 from sglang_apb.transfer import wire
-from sglang_apb.transfer.wire import Announce, Ask, Block, End, Kind, Stop
+from sglang_apb.transfer.wire import Announce, Ask, Block, End, Join, Kind, Stop
 
 Parts: TypeAlias = list[wire.Buffer]
 
@@ -117,6 +118,22 @@ def wrong_kind(rng: random.Random, room: int, attempt: int) -> Parts:
     return wire.pack(rng.choice(list(Kind)), room, attempt + rng.randrange(2), rng.randbytes(rng.randrange(30)))
 
 
+def other_ways(rng: random.Random, room: int, attempt: int) -> Parts:
+    """Pages to read where nobody's pool is mapped, blocks to fetch without a channel, and channels to nowhere."""
+    block = Block(*(rng.choice((0, 1, 6, 8, 2**32 - 1)) for _ in range(4)))
+    ids = np.array([rng.choice((0, 499, 500, 2**32 - 1)) for _ in range(8)], np.int64)
+    return rng.choice(
+        (
+            wire.pack(Kind.OFFER, room, attempt, block.pack(), wire.pack_page_ids(ids)),
+            wire.pack(Kind.READY, room, attempt, block.pack()),
+            wire.pack(Kind.FETCH, room, attempt, wire.pack_fetch(block, rng.choice((0, 1, 2**26, 2**63)))),
+            wire.pack(Kind.KEPT, room, attempt),
+            wire.pack_message(Join(gpu=rng.choice(("", "mine"))), room, attempt),
+            wire.pack_message(Join(unique_id=rng.randbytes(128)), room, attempt),
+        )
+    )
+
+
 def replayed(rng: random.Random, room: int, attempt: int) -> Parts:
     """What was right in an earlier transfer."""
     return rng.choice([*honest_frames(room, attempt + 1), wire.pack_message(Stop("x"), room, attempt + 1)])
@@ -124,7 +141,7 @@ def replayed(rng: random.Random, room: int, attempt: int) -> Parts:
 
 FRAMES: dict[str, Callable[[random.Random, int, int], Parts]] = {
     make.__name__: make
-    for make in (random_parts, truncated, other_version, huge_block, huge_message, wrong_kind, replayed)
+    for make in (random_parts, truncated, other_version, huge_block, huge_message, wrong_kind, other_ways, replayed)
 }
 
 

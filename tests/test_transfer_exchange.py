@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from functools import partial
 
@@ -10,10 +11,11 @@ import pytest
 from transfer_peers import ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
 from sglang_apb.transfer import blocks, exchange, wire
-from sglang_apb.transfer.exchange import ExchangeError
+from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.wire import Block, Frame, Kind, WireError
+from sglang_apb.transfer.ways import Way, Ways
+from sglang_apb.transfer.wire import Block, Frame, Join, Kind, WireError
 
 OWNED = {1: [[(0, 120)]], 2: [[(0, 30), (90, 120)], [(30, 90)]]}
 
@@ -145,6 +147,23 @@ def test_where_there_is_no_channel_pages_are_sent(zmq_too: bool, monkeypatch: py
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode), decode.reason
         assert decode.data_plane == "zmq" and not tubes.ends
+
+
+def test_channels_that_are_never_met_are_of_bounded_number() -> None:
+    said: list[Join] = []
+    never = threading.Event()
+    meeting = Meeting("prefill's", lambda: b"id", lambda unique_id: never.wait(10), lambda unique_id: None)  # type: ignore[arg-type,return-value]
+    ends = PrefillEnds(meeting, lambda command: None, lambda name, join: said.append(join))
+    for number in range(exchange.MAX_MAKING + 1):
+        ends.join(str(number).encode(), Join(gpu="decode's"))
+    never.set()
+    assert [join.reason for join in said] == [f"{exchange.MAX_MAKING} channels are being made already"]
+
+
+def test_a_way_takes_no_invitation_that_it_did_not_ask_for() -> None:
+    way = Way(Ways(), "127.0.0.1:1", b"me", lambda command: None, lambda frame: None, lambda reason: None)
+    with pytest.raises(WireError, match="nobody asked for"):
+        way.join(Join(unique_id=b"id"))
 
 
 def test_frames_out_of_bounds() -> None:

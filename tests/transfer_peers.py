@@ -15,7 +15,7 @@ import numpy as np
 from sglang_apb.transfer import exchange, ownership, wire
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.direct import DirectError, Memory
-from sglang_apb.transfer.exchange import Meeting, Ticket
+from sglang_apb.transfer.exchange import ExchangeError, Meeting, Ticket
 from sglang_apb.transfer.heads import PagesByHeads
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -135,6 +135,8 @@ class Tubes:
 
 class _TubeEnd:
     def __init__(self, tubes: Tubes, unique_id: bytes, pages: HostPages, heads: range, page_size: int) -> None:
+        if unique_id not in tubes._posted:
+            raise ExchangeError("nobody is there")
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts = PagesByHeads(pages, heads, page_size)
         self._slots: dict[int, bytearray] = {}
@@ -150,7 +152,9 @@ class _TubeEnd:
         self._fill(bytes(num_bytes))
 
     def _fill(self, payload: bytes) -> None:
-        num_bytes, slot = self._posted.popleft()  # what nobody waits for would hold a GPU up
+        if not self._posted:  # it would hold a GPU up
+            raise ExchangeError("nobody waits for a block")
+        num_bytes, slot = self._posted.popleft()
         assert len(payload) == num_bytes and not slot
         slot += payload
 

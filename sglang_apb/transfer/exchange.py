@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # Of GPU memory on both sides, for each pair. More in flight than a message's way there and back takes.
 SLOT_BYTES = 1 << 26
 NUM_SLOTS = 4
+# Each has a thread until the other side has come, or has not for too long.
+MAX_MAKING = 16
 
 Ticket: TypeAlias = Callable[[], bool]
 
@@ -92,6 +94,8 @@ class PrefillEnds:
             self._ends[identity].is_met |= bool(join.unique_id)
         elif join.gpu == self._meeting.gpu:
             self._reply(identity, Join(reason="both ranks are on one GPU"))
+        elif sum(end.channel is None for end in self._ends.values()) >= MAX_MAKING:
+            self._reply(identity, Join(reason=f"{MAX_MAKING} channels are being made already"))
         elif not join.unique_id:
             self._ends[identity] = _End()
             threading.Thread(target=self._make, args=(identity,), name="kv-channel", daemon=True).start()

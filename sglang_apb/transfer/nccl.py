@@ -10,6 +10,7 @@ import ctypes
 import logging
 import threading
 import time
+from collections import deque
 from functools import cache
 from typing import Any
 
@@ -147,22 +148,33 @@ class NcclSender(_Channel):
     def __init__(self, unique_id: bytes, pages: CudaPages, heads: range, page_size: int):
         super().__init__(unique_id, PREFILL, pages, heads, page_size)
         self._next_slot = 0
+        self._sending: deque[torch.cuda.Event] = deque()
 
     def send(self, part: range, block: Block, ids: PageIds) -> None:
         slot, stream = self._take_slot(), self._communicator.stream
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             # On one stream with the sends, so that a slot is not written again before it is sent.
             num_bytes = self._copy(part, block, slot, ids, to_pool=False)
-            self._communicator.send(self._slots[slot].data_ptr(), num_bytes)
+            self._send(slot, num_bytes)
 
     def send_nothing(self, num_bytes: int) -> None:
         """Zeros: the other side waits for so much, of a request that is gone here."""
         slot = self._take_slot()
         with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
             self._slots[slot].zero_()
-            self._communicator.send(self._slots[slot].data_ptr(), num_bytes)
+            self._send(slot, num_bytes)
+
+    def _send(self, slot: int, num_bytes: int) -> None:
+        self._communicator.send(self._slots[slot].data_ptr(), num_bytes)
+        self._sending.append(torch.cuda.Event())
+        self._sending[-1].record()
 
     def _take_slot(self) -> int:
+        """Raises ExchangeError when the other side asked for more than it has slots for."""
+        while self._sending and self._sending[0].query():
+            self._sending.popleft()
+        if len(self._sending) > 2 * NUM_SLOTS:  # the last ones may not be known to have arrived
+            raise ExchangeError(f"{len(self._sending)} blocks were asked for and are not taken")
         slot, self._next_slot = self._next_slot, (self._next_slot + 1) % NUM_SLOTS
         return slot
 

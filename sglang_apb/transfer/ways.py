@@ -12,7 +12,7 @@ from typing import Protocol
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
 from sglang_apb.transfer.exchange import Fetcher, Meeting, ReceivingChannel
-from sglang_apb.transfer.wire import Buffer, Join
+from sglang_apb.transfer.wire import Buffer, Join, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,18 @@ class Way:
         self._ways, self._address, self._identity = ways, address, identity
         self._call, self._send, self._give_up = call, send, give_up
         self._lock = threading.Lock()
-        self._is_closed = False
+        self._is_closed = self._is_waiting = False
         if ways.map_memory is not None or ways.meeting is not None:
             threading.Thread(target=self._find, name="kv-way", daemon=True).start()
 
     def join(self, join: Join) -> None:
-        """What a prefill rank answers: where to meet, or why not, or not any more."""
+        """What a prefill rank answers: where to meet, or why not, or not any more.
+
+        Raises WireError when it was not asked, or has answered.
+        """
+        if not join.reason and not self._is_waiting:
+            raise WireError("JOIN that nobody asked for")
+        self._is_waiting = False
         if self.fetcher is not None:
             self.fetcher.channel.close()
             self.fetcher = None
@@ -88,6 +94,7 @@ class Way:
             except DirectError as error:
                 reason = f"The KV pool of prefill rank {self._address} cannot be read where it lies: {error}"
         if self._ways.meeting is not None:
+            self._is_waiting = True
             self._call(partial(self._send, wire.pack_message(Join(gpu=self._ways.meeting.gpu), 0, 0)))
         else:
             self._call(partial(self._do_without, reason))
