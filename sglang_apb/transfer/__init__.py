@@ -7,18 +7,35 @@
     compat      what both servers must agree on, and the sentence when they do not
     config, keys, hosts
                 `--kv-transfer-config`; who is let in; where the sockets listen
-    assembly    one request on the decode side: what has arrived, and when it is complete
     loop        the thread that owns the sockets of a process
-    lives       prefill: which decode servers are alive
-    outbox      one request on the prefill side: what waits to be sent, and may be read
     observer    metrics and log lines
-    sending     prefill: answers the decode servers' asks with announce, data, aux, end
-    fan_out     prefill: one request's transfers to several decode ranks
-    receiving   decode: asks every prefill rank, checks, writes into the pool, says done
+
+    prefill:
+    sending     answers the decode ranks' asks with announce, blocks, aux, end
+    outbox, blocks
+                one request: what waits to be sent, and may be read; the frames that bring its pages
+    early       what decode ranks said of requests that are not here yet, or not any more
+    decode_peers, lives
+                who is connected, how pages get there, and who is alive
+    fan_out     one request's transfers to several decode ranks
     layer_stream
                 sends a prompt's layers while later ones are computed
+
+    decode:
+    receiving   asks every prefill rank, checks, writes into the pool, says done
+    inbox, assembly
+                one request: how far it has come; what has arrived, and when it is complete
+    ways        how pages of a prefill rank get here
+
+    data planes beside ZMQ, chosen in planes:
+    direct, cuda_ipc
+                pages that are read where they lie: who is given a handle on them; CUDA's handles
+    exchange, nccl
+                blocks that are fetched when both sides are ready; NCCL's communicators
+    gpu_pages   where some heads' pages lie in GPU memory
+
     manager, sender, receiver, bootstrap, directory
                 SGLang's interfaces (`disaggregation/base/conn.py`) on top of the above
 
-Only the last line imports SGLang.
+Only the last line, and nccl, import SGLang.
 """
