@@ -79,6 +79,7 @@ def test_disaggregated_over_zmq_equals_plain_sglang(
         assert report["kv_bytes"] == num_tokens * num_layers * 2 * 3 * 64 * 4  # K and V, KV heads, head, float32
         # Layer by layer: most of them are gone before the last one is computed.
         assert report["kv_bytes"] // 2 < report["kv_bytes_hidden"] <= report["kv_bytes"]
+        assert report["kv_data_plane"] == "zmq", "there is no other on a CPU"
         if num_ranks > 1:
             check_limits(url, model, asked[-1], num_slots)
             assert_same_tokens(generate(url, asked[-1]), plain_answers[-1])

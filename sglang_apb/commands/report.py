@@ -19,7 +19,8 @@ def prefill_report(answer: Any) -> dict[str, Any]:
 
     `answer` is the JSON object of OpenAI's API or of `/generate`, or the `openai` client's object. Keys: method
     ("apb" or "exact"), num_ranks, num_blocks, attention_share (of exact attention's work, 0 to 1); with
-    disaggregation kv_bytes, and how many of them were sent before the prefill ended: kv_bytes_hidden.
+    disaggregation kv_bytes, how many of them were sent before the prefill ended (kv_bytes_hidden), and how
+    (kv_data_plane).
     """
     fields = answer if isinstance(answer, Mapping) else answer.model_dump()
     return dict((fields.get("metadata") or fields.get("meta_info") or {}).get(FIELD) or {})

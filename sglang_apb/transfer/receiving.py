@@ -376,8 +376,8 @@ class ReceivingEndpoint(SocketLoop):
                 return
             ids = room.pages[block.first_page : block.first_page + block.num_pages]
             try:
-                channel.write(slot, room.parts[fetch.rank], block, ids)
                 room.assembly.check_block(fetch.rank, block)
+                channel.write(slot, room.parts[fetch.rank], block, ids)
             except (RuntimeError, WireError) as error:
                 self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
                 return

@@ -82,18 +82,13 @@ class SendingEndpoint(SocketLoop):
     ) -> None:
         """`pages` hold the model's KV `heads`. Decode ranks that can map `memory` read pages where they lie; with a
         `meeting`, others may ask for a channel.
-
-        Raises OSError when processes of this machine cannot be told of that memory.
         """
         if meeting is not None:
             self._peers.ends = PrefillEnds(meeting, self.call, self._answer_join)
         self._aux, self._compat, self._heads = aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
         if memory is not None:
-            address = str(Address(self._host, self.port))
-            self._memory_server = MemoryServer(
-                address, memory, lambda name: self.call(partial(self._peers.add_reader, name))
-            )
+            self._memory_server = self._serve_memory(memory)
         self.watch(self._socket, self._receive_all)
         self.start()
 
@@ -228,6 +223,13 @@ class SendingEndpoint(SocketLoop):
         else:
             how = blocks.sent if self._peers.channel(room.identity) is None else blocks.fetched
         yield from how(room, self._part_for(room), of_layers, pages, ids())
+
+    def _serve_memory(self, memory: Memory) -> MemoryServer | None:
+        try:
+            return MemoryServer(str(Address(self._host, self.port)), memory, self._hear_reader)
+        except OSError as error:
+            logger.warning("KV transfer: no process of this machine can map this rank's pool: %s", error)
+            return None
 
     def _hear_reader(self, identity: bytes) -> None:
         self.call(partial(self._peers.add_reader, identity))
