@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_apb.transfer.pages import CudaPages
+from sglang_apb.transfer.pages import CudaPages, run_of
 from sglang_apb.transfer.wire import Block, PageIds
 
 
@@ -50,6 +50,13 @@ class GpuSide:
             places.append(PagePlace(address, page_bytes, length))
             address += page_bytes * block.num_pages
         return places
+
+    def straight(self, part: range, block: Block, ids: PageIds) -> int | None:
+        """Where a block begins in the pool, if it lies there as it is sent: all heads, of pages in a row."""
+        where = run_of(ids)
+        if where is None or part != self.heads or block.num_buffers != 1:
+            return None
+        return self._addresses[block.first_buffer] + where.start * self._item_lens[block.first_buffer]
 
     def _head_bytes(self, item_len: int) -> int:
         return item_len // (self.page_size * len(self.heads))

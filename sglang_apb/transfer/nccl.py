@@ -122,8 +122,11 @@ class _Channel:
     def close(self) -> None:
         self._communicator.abort()
 
-    def _copy(self, part: range, block: Block, slot: int, ids: PageIds, *, to_pool: bool) -> int:
-        """Between a slot and the pool, on the current stream. Returns the number of bytes."""
+    def _num_bytes(self, part: range, block: Block) -> int:
+        return block.num_pages * sum(place.page_bytes for place in self._side.packed(part, block, 0))
+
+    def _copy(self, part: range, block: Block, slot: int, ids: PageIds, *, to_pool: bool) -> None:
+        """Between a slot and the pool, on the current stream."""
         from sglang_apb.kernels.page_copy import PageCopy, copy_pages_triton
 
         num_rows = self._side.num_rows(part)
@@ -139,7 +142,6 @@ class _Channel:
         else:
             copy = PageCopy.between(in_pool, packed, num_rows, lengths, self._device)
             copy_pages_triton(copy, 0, block.num_buffers, pool_ids, in_order)
-        return block.num_pages * sum(place.page_bytes for place in packed)
 
 
 class NcclSender(_Channel):
@@ -151,30 +153,33 @@ class NcclSender(_Channel):
         self._sending: deque[torch.cuda.Event] = deque()
 
     def send(self, part: range, block: Block, ids: PageIds) -> None:
-        slot, stream = self._take_slot(), self._communicator.stream
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
+            if (address := self._side.straight(part, block, ids)) is not None:
+                self._send(address, self._num_bytes(part, block))
+                return
             # On one stream with the sends, so that a slot is not written again before it is sent.
-            num_bytes = self._copy(part, block, slot, ids, to_pool=False)
-            self._send(slot, num_bytes)
+            slot = self._take_slot()
+            self._copy(part, block, slot, ids, to_pool=False)
+            self._send(self._slots[slot].data_ptr(), self._num_bytes(part, block))
 
     def send_nothing(self, num_bytes: int) -> None:
         """Zeros: the other side waits for so much, of a request that is gone here."""
-        slot = self._take_slot()
         with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
+            slot = self._take_slot()
             self._slots[slot].zero_()
-            self._send(slot, num_bytes)
+            self._send(self._slots[slot].data_ptr(), num_bytes)
 
-    def _send(self, slot: int, num_bytes: int) -> None:
-        self._communicator.send(self._slots[slot].data_ptr(), num_bytes)
-        self._sending.append(torch.cuda.Event())
-        self._sending[-1].record()
-
-    def _take_slot(self) -> int:
+    def _send(self, address: int, num_bytes: int) -> None:
         """Raises ExchangeError when the other side asked for more than it has slots for."""
         while self._sending and self._sending[0].query():
             self._sending.popleft()
         if len(self._sending) > 2 * NUM_SLOTS:  # the last ones may not be known to have arrived
             raise ExchangeError(f"{len(self._sending)} blocks were asked for and are not taken")
+        self._communicator.send(address, num_bytes)
+        self._sending.append(torch.cuda.Event())
+        self._sending[-1].record()
+
+    def _take_slot(self) -> int:
         slot, self._next_slot = self._next_slot, (self._next_slot + 1) % NUM_SLOTS
         return slot
 

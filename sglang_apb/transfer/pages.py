@@ -57,7 +57,7 @@ class HostPages:
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
-        where = _run(ids)
+        where = run_of(ids)
         if where is not None and num_buffers == 1:
             # As it lies. Nothing writes there before the decode server says DONE, or gives the request up.
             return rows[0][where].reshape(-1)
@@ -69,7 +69,7 @@ class HostPages:
 
     def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
         rows = self._rows[first_buffer : first_buffer + num_buffers]
-        where = _run(ids)
+        where = run_of(ids)
         for target, source in _split(np.frombuffer(payload, np.uint8), rows, len(ids)):
             target[ids if where is None else where] = source
 
@@ -181,7 +181,7 @@ def largest_payload(pages: Pages, aux: Pages) -> int:
     return max(BLOCK_BYTES, max(pages.item_lens), sum(aux.item_lens))
 
 
-def _run(ids: PageIds) -> slice | None:
+def run_of(ids: PageIds) -> slice | None:
     """The pages as a slice, when they follow each other: moved at memory speed, rows of a token's K at half of it."""
     if len(ids) == 0 or ids[-1] - ids[0] != len(ids) - 1 or (len(ids) > 1 and not (np.diff(ids) == 1).all()):
         return None
