@@ -27,7 +27,7 @@ from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.lives import life_of
-from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
+from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, keep_freed_memory, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import CudaPages, HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.ways import ZMQ_ONLY, Way, Ways
@@ -87,6 +87,7 @@ class ReceivingEndpoint(SocketLoop):
     ):
         """`pages` hold the model's KV `heads`."""
         super().__init__("kv-receiving", keys)
+        keep_freed_memory()
         self._ways = ways
         self._observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
