@@ -85,7 +85,7 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
         # READY, of a request that is closed when its FETCH comes.
         ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
         sender.call(partial(sender._peers.reply, room.identity, ready))
-        assert wait_for(lambda: first.data_plane == "nccl" and first.num_fetched_later == 0)
+        assert wait_for(lambda: first.data_plane == "nccl" and not first.fetching)
         sender.close(room, "The client went away.")
         assert wait_for(lambda: first.state is ReceiveState.FAILED)
         assert first.reason == "The client went away."
@@ -96,13 +96,15 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
         assert rows(peers.pool, np.arange(10, 18)) == rows(peers.pools[0], np.arange(8))
 
 
-def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq() -> None:
+@pytest.mark.parametrize("kind", [ExchangeError, ValueError])
+def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq(kind: type[Exception]) -> None:
+    """Whatever the error: the other side waits for that block, and would take the next one for it."""
     tubes = Tubes()
     with cluster(tubes=tubes) as peers:
         connect(peers)
 
         def fail() -> None:
-            raise ExchangeError("remote process exited")
+            raise kind("remote process exited")
 
         tubes.before_send = fail
         decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
@@ -116,6 +118,50 @@ def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq() -
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode), decode.reason
         assert decode.data_plane == "zmq"
+
+
+def test_a_block_that_never_comes_ends_its_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection for control is there, NCCL's is not."""
+    monkeypatch.setattr(exchange, "ARRIVAL_S", 0.3)
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        tubes.before_arrival = lambda: False
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert not received(decode)
+        assert "a block has not come for 0.3 s" in decode.reason
+        assert wait_for(lambda: room.state is SendState.FAILED)
+        tubes.before_arrival = lambda: True
+        connect(peers)
+        decode, room = peers.ask(2, np.arange(8)), peers.senders[0].open(2)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert received(decode) and decode.data_plane == "nccl"
+
+
+def test_wrong_frames_while_blocks_are_on_their_way_cost_no_slot() -> None:
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        sender = peers.senders[0]
+        for number in range(1, exchange.NUM_SLOTS + 2):
+            arrives = threading.Event()
+            tubes.before_arrival = arrives.is_set
+            decode, room = peers.ask(number, np.arange(8)), sender.open(number)
+            assert asked(room)
+            sender.announce(room, [(0, 8)])
+            sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
+            assert wait_for(lambda room=decode: bool(room.fetching))
+            for _ in range(4):
+                wrong = wire.pack(Kind.AUX, number, room.attempt, b"", b"short")
+                sender.call(partial(sender._peers.reply, room.identity, wrong))
+            assert wait_for(lambda room=decode: len(room.held_back) == 2), "AUX and END of one rank, at most"
+            arrives.set()
+            assert wait_for(lambda room=decode: not room.fetching)
+            sender.finish(room, 5, {})
+            assert received(decode), decode.reason
 
 
 def test_channels_are_closed_when_a_rank_is_gone() -> None:
@@ -195,7 +241,7 @@ def test_frames_that_are_not_expected_change_nothing() -> None:
         fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(Block(0, 6, 0, 8), 100))
         peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
         time.sleep(0.1)
-        assert decode.state is ReceiveState.RECEIVING and decode.num_fetched_later == 0
+        assert decode.state is ReceiveState.RECEIVING and not decode.fetching
         sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
         sender.finish(room, 5, {})
         assert received(decode)

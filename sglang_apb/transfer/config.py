@@ -23,8 +23,8 @@ class TransferConfig:
     data_plane: str = setting(
         AUTO,
         "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
-        "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted), or auto, the first of "
-        "cuda_ipc, nccl (without keys) and zmq that works",
+        "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted: by name only), or auto, "
+        "cuda_ipc where it works and else zmq",
     )
     contact_seconds: float = setting(
         30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"

@@ -53,6 +53,13 @@ class CudaRemotePool:
         self._device = pages.buffers[0].device
         self._stream = torch.cuda.Stream(self._device)
         self._mapped = self._map(memory.handles)
+        try:
+            self._set_up(memory, pages, heads, page_size)
+        except Exception:
+            self.close()
+            raise
+
+    def _set_up(self, memory: Memory, pages: CudaPages, heads: range, page_size: int) -> None:
         there = [self._mapped[handle] + offset for handle, offset in memory.places]
         self._there = GpuSide(there, memory.item_lens, range(*memory.heads), page_size)
         self._here = GpuSide.of(pages, heads, page_size)

@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Annotated, Protocol
 
@@ -27,8 +28,11 @@ from sglang_apb.transfer.wire import Block, HeadNumber, PageIds, PageNumber
 
 logger = logging.getLogger(__name__)
 
-# The other side maps a pool meanwhile, in a thread of its own: milliseconds on CUDA.
 _PATIENCE_S = 5.0
+# Milliseconds, but for the first time that Triton compiles what copies pages.
+_MAPPING_S = 60.0
+_PAUSE_S = 0.5
+_MAX_CONNECTIONS = 64
 _MAX_BYTES = 1 << 20
 _MAX_IDENTITY_BYTES = 255
 _LENGTH = struct.Struct("!I")
@@ -87,6 +91,8 @@ class MemoryServer:
     def __init__(self, address: str, memory: Memory, on_reader: Callable[[bytes], None]):
         self._message = msgspec.msgpack.encode(memory)
         self._on_reader = on_reader
+        self._is_stopping = False
+        self._places = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(_name(address))
         self._socket.listen()
@@ -94,28 +100,36 @@ class MemoryServer:
         self._thread.start()
 
     def stop(self) -> None:
+        self._is_stopping = True
         self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
-        while True:
+        while not self._is_stopping:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return  # stopped
-            with connection:
-                try:
-                    self._serve(connection)
-                except (OSError, DirectError) as error:
-                    logger.info("KV transfer: a process did not map this rank's pool: %s", error)
+            except OSError as error:
+                if not self._is_stopping:
+                    logger.warning("KV transfer: could not take a process that would map this rank's pool: %s", error)
+                    time.sleep(_PAUSE_S)
+                continue
+            self._places.acquire()
+            threading.Thread(target=self._serve, args=(connection,), name="kv-memory-peer", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(_PATIENCE_S)
-        _check_user(connection)
-        _send(connection, self._message)
-        self._on_reader(_receive(connection, _MAX_IDENTITY_BYTES))
-        _send(connection, b"")
+        """In a thread of its own: a process that is stopped holds no other up."""
+        try:
+            with connection:
+                connection.settimeout(_MAPPING_S)
+                _check_user(connection)
+                _send(connection, self._message)
+                self._on_reader(_receive(connection, _MAX_IDENTITY_BYTES))
+                _send(connection, b"")
+        except (OSError, DirectError) as error:
+            logger.info("KV transfer: a process did not map this rank's pool: %s", error)
+        finally:
+            self._places.release()
 
 
 def map_pool(address: str, identity: bytes, map_memory: MapMemory, keep: Callable[[RemotePool], None]) -> None:
@@ -133,7 +147,7 @@ def map_pool(address: str, identity: bytes, map_memory: MapMemory, keep: Callabl
             keep(map_memory(memory))
             _send(connection, identity)
             _receive(connection, 0)
-        except (OSError, msgspec.MsgspecError, ValueError) as error:
+        except (OSError, msgspec.MsgspecError, ValueError, RuntimeError, ImportError) as error:
             raise DirectError(str(error)) from error
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ SLOT_BYTES = 1 << 26
 NUM_SLOTS = 4
 # Each has a thread until the other side has come, or has not for too long.
 MAX_MAKING = 16
+# A link may be slow; one over which nothing comes any more, although both sides are there, is broken.
+ARRIVAL_S = 20.0
 
 Ticket: TypeAlias = Callable[[], bool]
 
@@ -88,16 +91,18 @@ class PrefillEnds:
     ):
         self._meeting, self._call, self._reply = meeting, call, reply
         self._ends: dict[bytes, _End] = {}
+        self._num_making = 0
 
     def join(self, identity: bytes, join: Join) -> None:
         if identity in self._ends:
             self._ends[identity].is_met |= bool(join.unique_id)
         elif join.gpu == self._meeting.gpu:
             self._reply(identity, Join(reason="both ranks are on one GPU"))
-        elif sum(end.channel is None for end in self._ends.values()) >= MAX_MAKING:
+        elif self._num_making >= MAX_MAKING:
             self._reply(identity, Join(reason=f"{MAX_MAKING} channels are being made already"))
         elif not join.unique_id:
             self._ends[identity] = _End()
+            self._num_making += 1
             threading.Thread(target=self._make, args=(identity,), name="kv-channel", daemon=True).start()
 
     def channel(self, identity: bytes) -> SendingChannel | None:
@@ -115,13 +120,20 @@ class PrefillEnds:
             unique_id = self._meeting.new_id()
             self._call(partial(self._reply, identity, Join(unique_id=unique_id)))
             channel = self._meeting.sender(unique_id)
-        except RuntimeError as error:
+        except Exception as error:
             logger.warning("KV transfer: no channel to a decode rank: %s", error)
-            self._call(partial(self.lose, identity))
+            self._call(partial(self._give_up, identity, str(error)))
         else:
             self._call(partial(self._add, identity, channel))
 
+    def _give_up(self, identity: bytes, reason: str) -> None:
+        self._num_making -= 1
+        if identity in self._ends:
+            self._reply(identity, Join(reason=reason[:2000]))
+        self.lose(identity)
+
     def _add(self, identity: bytes, channel: SendingChannel) -> None:
+        self._num_making -= 1
         if identity in self._ends:
             self._ends[identity].channel = channel
         else:  # lost meanwhile
@@ -138,6 +150,14 @@ class Fetch:
     num_bytes: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Coming:
+    slot: int
+    fetch: Fetch
+    ticket: Ticket
+    since: float
+
+
 class Fetcher:
     """A decode rank's end of one channel. Everything is the endpoint's thread's."""
 
@@ -145,7 +165,7 @@ class Fetcher:
         self.channel = channel
         self._send = send
         self._waiting: deque[Fetch] = deque()
-        self._coming: deque[tuple[int, Fetch, Ticket]] = deque()
+        self._coming: deque[_Coming] = deque()
         self._free = deque(range(NUM_SLOTS))
 
     @property
@@ -156,20 +176,27 @@ class Fetcher:
         self._waiting.append(fetch)
 
     def deliver(self, place: Callable[[ReceivingChannel, int, Fetch], None]) -> None:
-        """Has each block that is there taken out of its slot by `place`. Raises ExchangeError."""
+        """Has each block that is there taken out of its slot by `place`.
+
+        Raises ExchangeError when the channel does not work, or a block has not come for too long.
+        """
         self._post()
-        while self._coming and self._coming[0][2]():
-            slot, fetch, _ = self._coming.popleft()
-            place(self.channel, slot, fetch)
-            self._free.append(slot)
+        while self._coming and self._coming[0].ticket():
+            coming = self._coming.popleft()
+            try:
+                place(self.channel, coming.slot, coming.fetch)
+            finally:
+                self._free.append(coming.slot)
             self._post()
+        if self._coming and time.monotonic() - self._coming[0].since > ARRIVAL_S:
+            raise ExchangeError(f"a block has not come for {ARRIVAL_S:g} s")
 
     def _post(self) -> None:
         while self._free and self._waiting:
             fetch = self._waiting.popleft()
             slot = self._free.popleft()
             ticket = self.channel.post(slot, fetch.num_bytes)
-            self._coming.append((slot, fetch, ticket))
+            self._coming.append(_Coming(slot, fetch, ticket, time.monotonic()))
             room = fetch.room
             body = wire.pack_fetch(fetch.block, fetch.num_bytes)
             self._send(wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker))

@@ -11,7 +11,7 @@ from sglang_apb.transfer.assembly import Assembly
 from sglang_apb.transfer.config import ZMQ
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.pages import Pages
-from sglang_apb.transfer.wire import PageIds, WireError
+from sglang_apb.transfer.wire import Block, PageIds, WireError
 
 
 class ReceiveState(Enum):
@@ -45,7 +45,7 @@ class ReceiveRoom:
     lost_rank: bool = False
     data_plane: str = ZMQ
     unconfirmed: set[int] = field(default_factory=set)
-    num_fetched_later: int = 0
+    fetching: set[tuple[int, Block]] = field(default_factory=set)
     held_back: list[Callable[[], None]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: float = 0.0

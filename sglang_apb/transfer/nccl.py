@@ -11,8 +11,9 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +21,9 @@ from sglang_apb.transfer.exchange import NUM_SLOTS, SLOT_BYTES, ExchangeError, T
 from sglang_apb.transfer.gpu_pages import GpuSide, UploadedIds
 from sglang_apb.transfer.pages import CudaPages
 from sglang_apb.transfer.wire import Block, PageIds
+
+if TYPE_CHECKING:
+    from sglang_apb.kernels.page_copy import PageCopy
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +69,24 @@ class Communicator:
     def receive(self, address: int, num_bytes: int) -> None:
         self._call(self._lib.ncclRecv, address, num_bytes, _CALL_S)
 
-    def abort(self) -> None:
-        """Ends what is on its way. In a thread of its own: it waits for the GPU."""
+    def abort(self, memory: torch.Tensor | None = None) -> None:
+        """Ends what is on its way: in a thread of its own, since that waits for the GPU. It has `memory` till then: a
+        block may still be written there.
+        """
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm:
-            threading.Thread(target=self._lib.ncclCommAbort, args=(comm,), name="kv-abort", daemon=True).start()
+            threading.Thread(target=_abort, args=(self._lib, comm, memory), name="kv-abort", daemon=True).start()
 
     def _connect(self, device: torch.device) -> None:
         """The first send connects both sides, for which each has to wait for the other."""
         byte = torch.zeros(1, dtype=torch.uint8, device=device)
         function = self._lib.ncclRecv if self._peer == PREFILL else self._lib.ncclSend
         self._call(function, byte.data_ptr(), 1, _CONNECT_S)
-        self.stream.synchronize()
+        deadline = time.monotonic() + _CONNECT_S
+        while not self.stream.query():
+            if time.monotonic() > deadline:
+                raise ExchangeError(f"the other side has not come within {_CONNECT_S:g} s")
+            time.sleep(0.001)
 
     def _call(self, function: Any, address: int, num_bytes: int, seconds: float) -> None:
         if not self._comm:
@@ -95,6 +105,11 @@ class Communicator:
             raise ExchangeError(f"NCCL: {_library().ncclGetErrorString(state.value)}")
 
 
+def _abort(library: Any, comm: ctypes.c_void_p, memory: torch.Tensor | None) -> None:
+    library.ncclCommAbort(comm)
+    del memory
+
+
 @cache
 def _library() -> Any:
     from sglang.srt.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
@@ -108,6 +123,21 @@ def _library() -> Any:
     return library
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    copy: PageCopy
+    source_ids: torch.Tensor
+    target_ids: torch.Tensor
+
+    def run_on(self, stream: torch.cuda.Stream) -> None:
+        from sglang_apb.kernels.page_copy import copy_pages_triton
+
+        for tensor in (self.copy.table, self.source_ids, self.target_ids):
+            tensor.record_stream(stream)  # it may be forgotten here before it is read there
+        with torch.cuda.stream(stream):
+            copy_pages_triton(self.copy, 0, len(self.copy.lengths), self.source_ids, self.target_ids)
+
+
 class _Channel:
     """One side of a pair: its pool, and slots of memory through which blocks go."""
 
@@ -115,33 +145,33 @@ class _Channel:
         self._device = pages.buffers[0].device
         self._side = GpuSide.of(pages, heads, page_size)
         self._pool_ids = UploadedIds(self._device)
+        self._own_stream = torch.cuda.Stream(self._device)
+        self._communicator = Communicator(unique_id, rank, self._device)
         with torch.cuda.device(self._device):
             self._slots = torch.empty(NUM_SLOTS, SLOT_BYTES, dtype=torch.uint8, device=self._device)
-        self._communicator = Communicator(unique_id, rank, self._device)
 
     def close(self) -> None:
-        self._communicator.abort()
+        self._communicator.abort(self._slots)
 
     def _num_bytes(self, part: range, block: Block) -> int:
         return block.num_pages * sum(place.page_bytes for place in self._side.packed(part, block, 0))
 
-    def _copy(self, part: range, block: Block, slot: int, ids: PageIds, *, to_pool: bool) -> None:
-        """Between a slot and the pool, on the current stream."""
-        from sglang_apb.kernels.page_copy import PageCopy, copy_pages_triton
+    def _prepare(self, part: range, block: Block, slot: int, ids: PageIds, *, to_pool: bool) -> _Prepared:
+        """What copies a block between a slot and the pool. Uploaded on a stream that waits for no other side."""
+        from sglang_apb.kernels.page_copy import PageCopy
 
         num_rows = self._side.num_rows(part)
         buffers = slice(block.first_buffer, block.first_buffer + block.num_buffers)
         in_pool = self._side.places(part, num_rows)[buffers]
         packed = self._side.packed(part, block, self._slots[slot].data_ptr())
         lengths = self._side.row_lengths(part, num_rows)[buffers]
-        in_order = torch.arange(len(ids), device=self._device)
-        pool_ids = self._pool_ids.of(ids)
-        if to_pool:
-            copy = PageCopy.between(packed, in_pool, num_rows, lengths, self._device)
-            copy_pages_triton(copy, 0, block.num_buffers, in_order, pool_ids)
-        else:
-            copy = PageCopy.between(in_pool, packed, num_rows, lengths, self._device)
-            copy_pages_triton(copy, 0, block.num_buffers, pool_ids, in_order)
+        source, target = (packed, in_pool) if to_pool else (in_pool, packed)
+        with torch.cuda.stream(self._own_stream):
+            copy = PageCopy.between(source, target, num_rows, lengths, self._device)
+            in_order = torch.arange(len(ids), device=self._device)
+            pool_ids = self._pool_ids.of(ids)
+        self._own_stream.synchronize()
+        return _Prepared(copy, *((in_order, pool_ids) if to_pool else (pool_ids, in_order)))
 
 
 class NcclSender(_Channel):
@@ -153,31 +183,36 @@ class NcclSender(_Channel):
         self._sending: deque[torch.cuda.Event] = deque()
 
     def send(self, part: range, block: Block, ids: PageIds) -> None:
-        with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
-            if (address := self._side.straight(part, block, ids)) is not None:
-                self._send(address, self._num_bytes(part, block))
-                return
-            # On one stream with the sends, so that a slot is not written again before it is sent.
-            slot = self._take_slot()
-            self._copy(part, block, slot, ids, to_pool=False)
-            self._send(self._slots[slot].data_ptr(), self._num_bytes(part, block))
+        self._check_taken()
+        num_bytes = block.num_pages * sum(place.page_bytes for place in self._side.packed(part, block, 0))
+        with torch.cuda.device(self._device):
+            if (address := self._side.straight(part, block, ids)) is None:
+                slot = self._take_slot()
+                address = self._slots[slot].data_ptr()
+                # On one stream with the sends, so that a slot is not written again before it is sent.
+                self._prepare(part, block, slot, ids, to_pool=False).run_on(self._communicator.stream)
+            self._send(address, num_bytes)
 
     def send_nothing(self, num_bytes: int) -> None:
         """Zeros: the other side waits for so much, of a request that is gone here."""
-        with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
-            slot = self._take_slot()
-            self._slots[slot].zero_()
-            self._send(self._slots[slot].data_ptr(), num_bytes)
+        self._check_taken()
+        slot = self._slots[self._take_slot()]
+        with torch.cuda.device(self._device):
+            with torch.cuda.stream(self._communicator.stream):
+                slot.zero_()
+            self._send(slot.data_ptr(), num_bytes)
 
     def _send(self, address: int, num_bytes: int) -> None:
+        self._communicator.send(address, num_bytes)
+        self._sending.append(torch.cuda.Event())
+        self._sending[-1].record(self._communicator.stream)
+
+    def _check_taken(self) -> None:
         """Raises ExchangeError when the other side asked for more than it has slots for."""
         while self._sending and self._sending[0].query():
             self._sending.popleft()
         if len(self._sending) > 2 * NUM_SLOTS:  # the last ones may not be known to have arrived
             raise ExchangeError(f"{len(self._sending)} blocks were asked for and are not taken")
-        self._communicator.send(address, num_bytes)
-        self._sending.append(torch.cuda.Event())
-        self._sending[-1].record()
 
     def _take_slot(self) -> int:
         slot, self._next_slot = self._next_slot, (self._next_slot + 1) % NUM_SLOTS
@@ -189,18 +224,17 @@ class NcclReceiver(_Channel):
 
     def __init__(self, unique_id: bytes, pages: CudaPages, heads: range, page_size: int):
         super().__init__(unique_id, DECODE, pages, heads, page_size)
-        self._own_stream = torch.cuda.Stream(self._device)
 
     def post(self, slot: int, num_bytes: int) -> Ticket:
         """Queues the receiving of the next block into a slot; the ticket says when it is there."""
         event = torch.cuda.Event()
-        with torch.cuda.device(self._device), torch.cuda.stream(self._communicator.stream):
+        with torch.cuda.device(self._device):
             self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
-            event.record()
+            event.record(self._communicator.stream)
         return event.query
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
         """From a slot to pages `ids` of the pool; returns when they are there."""
-        with torch.cuda.device(self._device), torch.cuda.stream(self._own_stream):
-            self._copy(part, block, slot, ids, to_pool=True)
+        with torch.cuda.device(self._device):
+            self._prepare(part, block, slot, ids, to_pool=True).run_on(self._own_stream)
         self._own_stream.synchronize()

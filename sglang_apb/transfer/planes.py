@@ -38,8 +38,8 @@ def memory_to_offer(pages: HostPages | CudaPages, heads: range, plane: str) -> M
 def meeting(
     pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool
 ) -> Meeting | None:
-    """Either side: how channels are made; None when they are not to be. NCCL does not encrypt: with keys it has to be
-    asked for.
+    """Either side: how channels are made; None when they are not to be. NCCL does not encrypt: with keys, both sides
+    have to name it.
 
     Raises ValueError when the setting asks for what is not possible.
     """
@@ -51,11 +51,14 @@ def meeting(
 
 
 def ways(pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool) -> Ways:
-    """Decode: the ways to try. Raises ValueError when the setting asks for what is not possible."""
+    """Decode: the ways to try; NCCL only by name, for it opens ports of its own and encrypts nothing.
+
+    Raises ValueError when the setting asks for what is not possible.
+    """
     map_memory = None
     if _is_possible(pages, plane, CUDA_IPC) and not isinstance(pages, HostPages):
         map_memory = partial(CudaRemotePool, pages=pages, heads=heads, page_size=page_size)
-    channels = meeting(pages, heads, page_size, plane, has_keys=has_keys)
+    channels = meeting(pages, heads, page_size, plane, has_keys=has_keys) if plane == NCCL else None
     return Ways(map_memory, channels, zmq_too=plane in (AUTO, ZMQ))
 
 

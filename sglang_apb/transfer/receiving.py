@@ -280,7 +280,9 @@ class ReceivingEndpoint(SocketLoop):
         with room.lock:
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
-            if room.num_fetched_later and frame.kind in (Kind.AUX, Kind.END):
+            if room.fetching and frame.kind in (Kind.AUX, Kind.END):
+                if len(room.held_back) >= 2 * len(room.ranks):
+                    raise WireError(f"{frame.kind.name} again, while blocks are on their way")
                 room.held_back.append(partial(self._dispatch, peer, frame))
                 return
             try:
@@ -352,7 +354,9 @@ class ReceivingEndpoint(SocketLoop):
             raise WireError(f"rank {rank} has a block of {num_bytes} bytes ready, at most {SLOT_BYTES} are fetched")
         room.data_plane = NCCL
         room.unconfirmed.add(rank)
-        room.num_fetched_later += 1
+        if (rank, block) in room.fetching:
+            raise WireError(f"rank {rank} has {block} ready twice")
+        room.fetching.add((rank, block))
         fetcher.add(Fetch(room, rank, block, num_bytes))
 
     def work(self) -> int | None:
@@ -372,7 +376,7 @@ class ReceivingEndpoint(SocketLoop):
     def _place(self, channel: ReceivingChannel, slot: int, fetch: Fetch) -> None:
         room, block = fetch.room, fetch.block
         with room.lock:
-            room.num_fetched_later -= 1
+            room.fetching.discard((fetch.rank, block))
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
             ids = room.pages[block.first_page : block.first_page + block.num_pages]
@@ -383,9 +387,12 @@ class ReceivingEndpoint(SocketLoop):
                 self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
                 return
             room.assembly.add_block(fetch.rank, block, fetch.num_bytes)
-            held_back, room.held_back = ([], room.held_back) if room.num_fetched_later else (room.held_back, [])
+            held_back, room.held_back = ([], room.held_back) if room.fetching else (room.held_back, [])
         for dispatch in held_back:
-            dispatch()
+            try:
+                dispatch()
+            except WireError as error:
+                self._observer.refused_frame(str(room.ranks[fetch.rank]), error)
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         payload, expected = frame.payload or b"", sum(self._aux.item_lens)

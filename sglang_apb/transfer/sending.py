@@ -17,7 +17,7 @@ from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import Memory, MemoryServer
 from sglang_apb.transfer.early import Early, EarlyTable, Key
-from sglang_apb.transfer.exchange import SLOT_BYTES, ExchangeError, Meeting, PrefillEnds
+from sglang_apb.transfer.exchange import SLOT_BYTES, Meeting, PrefillEnds
 from sglang_apb.transfer.heads import PagesByHeads, find_no_overlap, overlap
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.keys import Keys
@@ -249,7 +249,7 @@ class SendingEndpoint(SocketLoop):
                 channel.send_nothing(num_bytes)
             else:
                 channel.send(self._part_of(room), block, ids)
-        except ExchangeError as error:
+        except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
             self._lose_channel(identity, f"The channel to the decode server does not work ({error}).")
 
     def _lose_channel(self, identity: bytes, reason: str) -> None:
@@ -258,11 +258,11 @@ class SendingEndpoint(SocketLoop):
             rooms = [room for room in self._rooms.values() if room.identity == identity]
         for room in rooms:
             if room.is_sending:
-                self._peers.reply(identity, room.pack(Stop(reason)))
+                self._peers.reply(identity, room.pack(Stop(reason[:2000])))
                 self._fail(room, reason, Cause.ERROR)
         if self._peers.ends is not None:
             self._peers.ends.lose(identity)
-        self._answer_join(identity, Join(reason=reason))
+        self._answer_join(identity, Join(reason=reason[:2000]))
 
     def _answer_join(self, identity: bytes, join: Join) -> None:
         self._peers.reply(identity, wire.pack_message(join, 0, 0))
@@ -281,6 +281,8 @@ class SendingEndpoint(SocketLoop):
             envelope, *parts = buffers(message)
             identity = bytes(envelope)
             if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
+                if self._peers.channel(identity) is not None:
+                    self._lose_channel(identity, "This server's key has been revoked.")
                 self._peers.reply(
                     identity, wire.pack_message(Stop("This server's key has been revoked."), *wire.place_of(parts))
                 )

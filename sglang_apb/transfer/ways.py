@@ -81,7 +81,7 @@ class Way:
         with self._lock:
             self._is_closed = True
             if self.remote is not None:
-                self.remote.close()
+                _close(self.remote)
         if self.fetcher is not None:
             self.fetcher.channel.close()
 
@@ -94,21 +94,25 @@ class Way:
             except DirectError as error:
                 reason = f"The KV pool of prefill rank {self._address} cannot be read where it lies: {error}"
         if self._ways.meeting is not None:
-            self._is_waiting = True
-            self._call(partial(self._send, wire.pack_message(Join(gpu=self._ways.meeting.gpu), 0, 0)))
+            self._call(partial(self._ask_to_join, self._ways.meeting.gpu))
         else:
             self._call(partial(self._do_without, reason))
+
+    def _ask_to_join(self, gpu: str) -> None:
+        if not self._is_closed:
+            self._is_waiting = True
+            self._send(wire.pack_message(Join(gpu=gpu), 0, 0))
 
     def _keep_remote(self, remote: RemotePool) -> None:
         with self._lock:
             self.remote = remote
             if self._is_closed:
-                remote.close()
+                _close(remote)
 
     def _make_channel(self, meeting: Meeting, unique_id: bytes) -> None:
         try:
             channel = meeting.receiver(unique_id)
-        except RuntimeError as error:
+        except Exception as error:
             self._call(partial(self._do_without, f"There is no channel to prefill rank {self._address}: {error}"))
         else:
             self._call(partial(self._keep_channel, channel, unique_id))
@@ -127,3 +131,10 @@ class Way:
             logger.info("KV transfer: KV comes over zmq. %s", reason)
         else:
             self._give_up(reason)
+
+
+def _close(remote: RemotePool) -> None:
+    try:
+        remote.close()
+    except DirectError as error:
+        logger.warning("KV transfer: a prefill rank's pool could not be unmapped: %s", error)
