@@ -9,6 +9,7 @@ fails although no server was down, or when something is left: KV pages that are 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import re
 import signal
@@ -140,8 +141,22 @@ def _used_tokens(group: ProcessGroup) -> float:
     return sum(float(value) for value in re.findall(r"^sglang:num_used_tokens\{.*\} (\S+)$", metrics, re.MULTILINE))
 
 
-def _shared_memory() -> set[str]:
+def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def left_behind(shared_before: set[str]) -> list[str]:
+    """Processes that this one started, and shared memory that came meanwhile and that no process maps, in words."""
+    left = []
+    if children := [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]:
+        left.append(f"processes are left: {[child.name() for child in children]}")
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            mapped |= set(re.findall(r"/dev/shm/(\S+)", maps.read_text()))
+    if shared := shared_memory() - shared_before - mapped:
+        left.append(f"shared memory is left: {sorted(shared)}")
+    return left
 
 
 def main() -> int:
@@ -151,7 +166,7 @@ def main() -> int:
     parser.add_argument("--fault-every", type=float, default=10.0, metavar="SECONDS", help="after the last restart")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    started, before = time.monotonic(), _shared_memory()
+    started, before = time.monotonic(), shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.cut(args.model, 3, Path(folder))
         service = several_servers(model, Path(folder) / "logs", 2, 2, "--enable-metrics")
@@ -160,10 +175,7 @@ def main() -> int:
             service.wait_ready(timeout=600)
             soak.run(args.requests, args.fault_every)
             service.check()
-    if left := [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]:
-        soak.problems.append(f"processes are left: {[child.name() for child in left]}")
-    if shared := _shared_memory() - before:
-        soak.problems.append(f"shared memory is left: {sorted(shared)}")
+    soak.problems += left_behind(before)
     outcomes = ", ".join(f"{number} {what}" for what, number in soak.outcomes.most_common())
     faults = ", ".join(f"{number} times {what}" for what, number in sorted(soak.faults.items()))
     print(f"{args.requests} requests in {time.monotonic() - started:.0f} s: {outcomes}; {faults}")

@@ -1,0 +1,398 @@
+"""Every process of a cluster, killed or stopped at every stage of a request: a line for each case.
+
+    SGLANG_APB_MODEL=MODEL_DIR python tests/fault_matrix.py --signals STOP
+
+MODEL_DIR: SmolLM2's; some of its layers are served. Two clusters run: prefill of two APB ranks (A), decode (D1) and
+router, and prefill of one rank (B), decode (D2) and router. The struck request always goes from A to D1. It is sent to
+both servers as the router sends it, so that each one's answer is seen; for a router that is struck, through it.
+
+Status 1 if a case breaks a promise: noticed in time; the error names the cause; the pages are free at once; requests
+that do not need the struck process are answered rightly; served again when it is back; nothing is left at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import psutil
+import requests
+import tiny_models
+from asking import ALL_PASSED, prompts
+from conftest import FLOAT32
+from halves import Half, Innocents, Server, ask_half, body, tcp_received
+from soak_servers import RESTART_S, left_behind, shared_memory
+from test_server_faults import PROMISE_S, schedulers
+from transfer_peers import wait_for
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import HOST, LocalCluster, check_ports, completes_chat, is_up
+
+FIRST_PORT = 36000
+NUM_LAYERS = 12
+SHORT, LONG = 600, 2500
+# Decode's pool: holds the long prompt, or one that may grow by HOG_TOKENS, but not both.
+DECODE_TOKENS, HOG_TOKENS = 5200, 3000
+TRANSFERRED_LAYERS = 3
+BYTES_A_LAYER = LONG * 2 * 3 * 64 * 4  # K and V, 3 heads of 64 in float32
+FEW, MANY = 8, 250
+TARGETS = ("prefill0", "prefill1", "decode", "router")
+STAGES = ("bootstrapping", "waiting", "transferring", "done")
+HOG = "hog"
+FREED_S = 1.5
+# SGLang looks every 4 s whether a client is still there, and aborts a prefill when its batch has ended.
+CLIENT_GONE_S = 10.0
+# A batch that is being computed when its decode server goes is computed to its end.
+BATCH_S = 10.0
+AGAIN_S = 15.0
+HANGS_AFTER_S = 60.0
+
+
+@dataclass
+class Struck:
+    """The request that is struck: `prefill` is None where it was not asked, and for one that went through a router."""
+
+    decode: Half
+    wanted: tuple[int, ...]
+    prefill: Half | None = None
+
+
+@dataclass
+class Row:
+    """What one case showed. Seconds count from the signal, those until served again from when the process was back."""
+
+    cell: str
+    noticed: float | None = None
+    got: str = ""
+    own: str = "-"
+    num_innocent: int = 0
+    pages: str = ""
+    again: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        noticed, again = ("-" if s is None else f"{s:.1f}" for s in (self.noticed, self.again))
+        result = "; ".join(self.problems) or "ok"
+        return " | ".join(
+            (self.cell, noticed, self.got[:110], self.own[:60], f"{self.num_innocent} right", self.pages, again, result)
+        )
+
+
+HEADER = (
+    "target | signal | stage | noticed s | survivor's half of the struck request got | the struck one's own half | "
+    "innocent | slots in use before, struck, after | served again s | result"
+)
+
+
+class Matrix:
+    def __init__(self, model: Path, first: LocalCluster, second: LocalCluster) -> None:
+        self._cluster = first
+        self._a, self._d1 = _server("A", first, 1), _server("D1", first, 2)
+        self._b, self._d2 = _server("B", second, 1), _server("D2", second, 2)
+        self._servers = (self._a, self._b, self._d1, self._d2)
+        self._short, self._long = prompts(model, (SHORT, LONG))
+        self._random = random.Random(0)
+        self._room = 0
+        self._is_struck = False
+        self._wanted = {
+            (len(prompt), number): self._reference(prompt, number)
+            for prompt, number in ((self._short, FEW), (self._short, MANY), (self._long, FEW))
+        }
+
+    def run(self, target: str, name: str, stage: str) -> Row:
+        row = Row(f"{target} | {name} | {stage}")
+        number = signal.Signals[f"SIG{name}"]
+        if stage == "waiting":
+            self._start_hog()
+        innocents = Innocents(partial(self._is_right, *self._innocent_pair(target)))
+        try:
+            self._strike(row, target, number, stage, innocents)
+        except (AssertionError, requests.RequestException) as error:
+            row.problems.append(f"{type(error).__name__}: {str(error)[:200]}")
+        finally:
+            innocents.stop()
+            self._end_hog()
+            self._bring_back(target, number)
+        if not row.problems:
+            self._check_after(row)
+        return row
+
+    def _strike(self, row: Row, target: str, number: signal.Signals, stage: str, innocents: Innocents) -> None:
+        survivors = [self._d1] if target.startswith("prefill") else [self._a]
+        survivors = [self._a, self._d1] if target == "router" else survivors
+        before = [server.used() for server in survivors]
+        struck = self._ask_until(target, stage)
+        peers = survivors[0].num_peers()
+        at_strike = [server.used() for server in survivors]
+        started, self._is_struck = time.monotonic(), True
+        for process in self._processes(target):
+            process.send_signal(number)
+        if (target, stage) == ("decode", "bootstrapping"):
+            struck.prefill = ask_half(self._a, self._a, self._long, FEW, self._room)
+        if target == "router":
+            self._check_router(row, struck, number, stage, started)
+        else:
+            self._check_noticed(row, struck, target, stage, started, partial(_has_fewer, survivors[0], peers))
+        free = wait_for(lambda: all(server.used() < LONG // 2 for server in survivors), FREED_S)
+        after = [server.used() for server in survivors]
+        row.pages = f"{before}, {at_strike}, {after}"
+        innocents.stop()
+        row.num_innocent = innocents.num_right
+        row.problems += [] if free else [f"pages are not free: {after}"]
+        row.problems += innocents.problems
+        self._end_hog()
+        self._bring_back(target, number)
+        self._check_again(row, target)
+        self._check_own(row, struck, target, number, stage)
+
+    def _check_noticed(
+        self, row: Row, struck: Struck, target: str, stage: str, started: float, has_fewer: Callable[[], bool]
+    ) -> None:
+        """By the count of peers, and by what the half on the other side ends with."""
+        surviving = struck.decode if target.startswith("prefill") else struck.prefill
+        assert surviving is not None
+        if not wait_for(lambda: _ended_badly(surviving) or has_fewer(), PROMISE_S):
+            row.problems.append(f"not noticed in {PROMISE_S} s")
+        row.noticed = time.monotonic() - started
+        surviving.join(HANGS_AFTER_S)
+        row.got = f"{surviving.outcome(struck.wanted)} after {surviving.ended - started:.1f} s"
+        limit = PROMISE_S + (BATCH_S if target == "decode" and stage == "transferring" else 0.0)
+        if stage == "done":
+            if not row.got.startswith("right"):
+                row.problems.append("the KV was there, and yet the answer is not right")
+        elif "Lost the connection to" not in row.got:
+            row.problems.append("the error does not name the cause")
+        elif surviving.ended - started > limit:
+            row.problems.append(f"the error took more than {limit} s")
+
+    def _check_router(self, row: Row, struck: Struck, number: signal.Signals, stage: str, started: float) -> None:
+        """A stopped one keeps its connections: servers end what they were asked, and the client is told later."""
+        left = 1 if stage == "waiting" else 0  # the hog
+        if number is signal.SIGKILL:
+            if not wait_for(lambda: self._num_left() <= left, CLIENT_GONE_S):
+                row.problems.append(f"{self._num_left()} requests of a router that is gone")
+            row.noticed = time.monotonic() - started
+            row.got = struck.decode.outcome(struck.wanted)
+            return
+        self._end_hog()
+        if not wait_for(lambda: self._num_left() == 0, 60):
+            row.problems.append(f"{self._num_left()} requests do not end")
+        row.got = "waits"
+
+    def _check_own(self, row: Row, struck: Struck, target: str, number: signal.Signals, stage: str) -> None:
+        """What the struck process itself says, or its client sees, once it is back."""
+        own = struck.prefill if target.startswith("prefill") else struck.decode
+        if own is None:
+            return
+        own.join(HANGS_AFTER_S)
+        row.own = own.outcome(struck.wanted)
+        stays_right = number is signal.SIGSTOP and (target == "router" or stage == "done")
+        if target.startswith("prefill") and stage == "done":
+            return  # it was answered before
+        if row.own == "hangs" or (row.own == "right") != stays_right or row.own.startswith("wrong"):
+            row.problems.append("the struck one's half did not end as it should")
+
+    def _check_again(self, row: Row, target: str) -> None:
+        started = time.monotonic()
+        tried = self._is_right_by_router if target == "router" else partial(self._is_right, self._a, self._d1)
+        if not wait_for(tried, AGAIN_S):
+            row.problems.append(f"not served again in {AGAIN_S} s")
+        row.again = time.monotonic() - started
+
+    def _check_after(self, row: Row) -> None:
+        for server in self._servers:
+            if not wait_for(partial(_is_idle, server), 10):
+                row.problems.append(f"{server.name} keeps {server.used()} slots, {server.num_requests()} requests")
+
+    def _ask_until(self, target: str, stage: str) -> Struck:
+        """Returns when the struck request has come to the stage."""
+        self._room = self._random.getrandbits(62)
+        prompt, number = (self._short, MANY) if stage == "done" else (self._long, FEW)
+        wanted = self._wanted[len(prompt), number]
+        received = self._received()
+        if target == "router":
+            struck = Struck(Half(self._cluster.url, body(prompt, number)), wanted)
+        else:
+            struck = Struck(ask_half(self._d1, self._a, prompt, number, self._room), wanted)
+            if stage != "bootstrapping":
+                struck.prefill = ask_half(self._a, self._a, prompt, number, self._room)
+        reached: dict[str, Callable[[], bool]] = {
+            "bootstrapping": lambda: self._d1.num_requests() > 0,
+            "waiting": lambda: self._d1.num_requests() > 1 and self._d1.loads()["num_waiting_reqs"] > 0,
+            "transferring": lambda: self._received() - received > TRANSFERRED_LAYERS * BYTES_A_LAYER,
+            "done": partial(self._is_done, struck),
+        }
+        assert wait_for(reached[stage], 60), f"did not come to the stage {stage}"
+        if stage == "waiting" or (stage == "bootstrapping" and target != "router"):
+            time.sleep(1)
+            assert self._received() - received < BYTES_A_LAYER, "did not wait"
+        assert struck.decode.is_alive(), f"ended before the signal: {struck.decode.text[:200]}"
+        return struck
+
+    def _is_done(self, struck: Struck) -> bool:
+        """A prefill server answers when the KV has arrived; behind a router only decode's batch tells."""
+        if struck.prefill is not None:
+            return not struck.prefill.is_alive()
+        return bool(self._d1.loads()["num_running_reqs"])
+
+    def _received(self) -> int:
+        """Bytes that D1 was sent by A's ranks."""
+        (decode,) = schedulers(self._cluster, "decode")
+        return tcp_received(decode, schedulers(self._cluster, "prefill"))
+
+    def _num_left(self) -> int:
+        return self._a.num_requests() + self._d1.num_requests()
+
+    def _pair(self, prefill: Server, decode: Server, prompt: list[int], number: int) -> tuple[Half, Half]:
+        room = self._random.getrandbits(62)
+        ask = partial(ask_half, prefill=prefill, prompt=prompt, num_tokens=number, room=room)
+        return ask(decode), ask(prefill)
+
+    def _reference(self, prompt: list[int], number: int) -> tuple[int, ...]:
+        """B's answer, which A has to agree with."""
+        answers = []
+        for prefill in (self._b, self._a):
+            pair = self._pair(prefill, self._d1, prompt, number)
+            for half in pair:
+                half.join()
+            assert pair[0].tokens is not None, pair[0].text
+            answers.append(pair[0].tokens)
+        assert answers[0] == answers[1], "one rank and two do not answer alike"
+        return answers[0]
+
+    def _is_right(self, prefill: Server, decode: Server) -> bool:
+        pair = self._pair(prefill, decode, self._short, FEW)
+        for half in pair:
+            half.join(HANGS_AFTER_S)
+        return pair[0].outcome(self._wanted[SHORT, FEW]) == "right"
+
+    def _is_right_by_router(self) -> bool:
+        half = Half(self._cluster.url, body(self._short, FEW))
+        half.join(HANGS_AFTER_S)
+        return half.outcome(self._wanted[SHORT, FEW]) == "right"
+
+    def _innocent_pair(self, target: str) -> tuple[Server, Server]:
+        """Servers that need not the struck process, one of them a survivor of it where that disturbs no count."""
+        if target == "router":
+            return self._b, self._d2
+        return (self._b, self._d1) if target.startswith("prefill") else (self._a, self._d2)
+
+    def _start_hog(self) -> None:
+        """Takes so much of D1's memory that the long prompt has to wait."""
+        room = self._random.getrandbits(62)
+        ask = partial(ask_half, prefill=self._b, prompt=self._short, num_tokens=HOG_TOKENS, room=room)
+        ask(self._d1, rid=HOG)
+        ask(self._b).join(HANGS_AFTER_S)
+
+    def _end_hog(self) -> None:
+        """Also where there is none, or D1 is gone."""
+        with contextlib.suppress(requests.RequestException):
+            requests.post(f"{self._d1.url}/abort_request", json={"rid": HOG}, timeout=10)
+
+    def _group(self, target: str) -> ProcessGroup:
+        return self._cluster.groups[("prefill", "decode", "router").index(target.rstrip("01"))]
+
+    def _processes(self, target: str) -> list[psutil.Process]:
+        if target == "router":
+            return psutil.Process(self._group(target).pid).children(recursive=True)
+        rank = int(target[-1]) if target[-1].isdigit() else 0
+        return [schedulers(self._cluster, target.rstrip("01"))[rank]]
+
+    def _bring_back(self, target: str, number: signal.Signals) -> None:
+        """Goes on with what was stopped, or starts what was killed on the same ports; what runs is left alone."""
+        if not self._is_struck:
+            return
+        self._is_struck = False
+        group = self._group(target)
+        if number is signal.SIGSTOP:
+            for process in self._processes(target):
+                os.kill(process.pid, signal.SIGCONT)
+        else:
+            group.stop()
+            group.start()
+            url = {"p": self._a.url, "d": self._d1.url, "r": self._cluster.url}[target[0]]
+            assert wait_for(partial(completes_chat if target == "router" else is_up, url), RESTART_S), group.log_tail()
+
+
+def _server(name: str, cluster: LocalCluster, offset: int) -> Server:
+    """LocalCluster's ports follow the router's: prefill, decode, bootstrap."""
+    port = int(cluster.url.rpartition(":")[2])
+    return Server(name, f"http://{HOST}:{port + offset}", port + 3)
+
+
+def _ended_badly(half: Half) -> bool:
+    return not half.is_alive() and half.tokens is None
+
+
+def _is_idle(server: Server) -> bool:
+    return server.used() == 0 and server.num_requests() == 0
+
+
+def _has_fewer(server: Server, peers: float) -> bool:
+    return server.num_peers() < peers
+
+
+def _start(model: Path, port: int, log_dir: Path, num_ranks: int) -> LocalCluster:
+    return LocalCluster(
+        str(model),
+        port=port,
+        log_dir=log_dir,
+        sp_size=num_ranks,
+        arguments=[*FLOAT32, "--enable-metrics"],
+        prefill_arguments=["--prefill-backend-config", ALL_PASSED],
+        decode_arguments=["--max-total-tokens", str(DECODE_TOKENS)],
+    )
+
+
+def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]]) -> int:
+    """Returns the number of cases with a problem."""
+    clusters = [_start(model, FIRST_PORT + 10 * i, folder / f"logs{i}", 2 - i) for i in range(2)]
+    with ExitStack() as stack:
+        for cluster in clusters:
+            stack.enter_context(cluster)
+        for cluster in clusters:
+            cluster.wait_ready(timeout=600)
+        matrix = Matrix(model, *clusters)
+        print(HEADER, flush=True)
+        rows = []
+        for cell in cells:
+            rows.append(matrix.run(*cell))
+            print(rows[-1].line(), flush=True)
+        return sum(bool(row.problems) for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--signals", nargs="+", choices=("STOP", "KILL"), default=("STOP", "KILL"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    args = parser.parse_args()
+    before = shared_memory()
+    cells = [(target, name, stage) for name, target, stage in product(args.signals, args.targets, args.stages)]
+    with tempfile.TemporaryDirectory() as folder:
+        model = tiny_models.cut(Path(os.environ.get("SGLANG_APB_MODEL", ".demo/model")), NUM_LAYERS, Path(folder))
+        num_failed = _run_all(model, Path(folder), cells)
+    left = left_behind(before)
+    try:
+        check_ports({f"server {port}": port for port in range(FIRST_PORT, FIRST_PORT + 20)})
+    except CommandError as error:
+        left.append(str(error))
+    print(f"{len(cells)} cases, {num_failed} of them with a problem; left behind: {'; '.join(left) or 'nothing'}")
+    return 1 if num_failed or left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
