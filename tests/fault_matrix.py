@@ -32,7 +32,7 @@ import requests
 import tiny_models
 from asking import ALL_PASSED, prompts
 from conftest import FLOAT32
-from halves import Half, Innocents, Server, ask_half, body, tcp_received
+from halves import Half, Innocents, Server, Struck, ask_half, body, tcp_received
 from soak_servers import RESTART_S, left_behind, shared_memory
 from test_server_faults import PROMISE_S, schedulers
 from transfer_peers import wait_for
@@ -48,26 +48,16 @@ SHORT, LONG = 600, 2500
 DECODE_TOKENS, HOG_TOKENS = 5200, 3000
 TRANSFERRED_LAYERS = 3
 BYTES_A_LAYER = LONG * 2 * 3 * 64 * 4  # K and V, 3 heads of 64 in float32
-FEW, MANY = 8, 250
+FEW, MANY = 8, 160
 TARGETS = ("prefill0", "prefill1", "decode", "router")
 STAGES = ("bootstrapping", "waiting", "transferring", "done")
 HOG = "hog"
 FREED_S = 1.5
-# SGLang looks every 4 s whether a client is still there, and aborts a prefill when its batch has ended.
+# SGLang looks every 4 s whether a client is still there. A batch that is being computed is computed to its end.
 CLIENT_GONE_S = 10.0
-# A batch that is being computed when its decode server goes is computed to its end.
 BATCH_S = 10.0
 AGAIN_S = 15.0
 HANGS_AFTER_S = 60.0
-
-
-@dataclass
-class Struck:
-    """The request that is struck: `prefill` is None where it was not asked, and for one that went through a router."""
-
-    decode: Half
-    wanted: tuple[int, ...]
-    prefill: Half | None = None
 
 
 @dataclass
@@ -123,16 +113,17 @@ class Matrix:
         except (AssertionError, requests.RequestException) as error:
             row.problems.append(f"{type(error).__name__}: {str(error)[:200]}")
         finally:
+            self._bring_back(target, number)
+            if row.problems:
+                self._abort_all()
             innocents.stop()
             self._end_hog()
-            self._bring_back(target, number)
         if not row.problems:
             self._check_after(row)
         return row
 
     def _strike(self, row: Row, target: str, number: signal.Signals, stage: str, innocents: Innocents) -> None:
-        survivors = [self._d1] if target.startswith("prefill") else [self._a]
-        survivors = [self._a, self._d1] if target == "router" else survivors
+        survivors = {"p": [self._d1], "d": [self._a], "r": [self._a, self._d1]}[target[0]]
         before = [server.used() for server in survivors]
         struck = self._ask_until(target, stage)
         peers = survivors[0].num_peers()
@@ -145,8 +136,8 @@ class Matrix:
         if target == "router":
             self._check_router(row, struck, number, stage, started)
         else:
-            self._check_noticed(row, struck, target, stage, started, partial(_has_fewer, survivors[0], peers))
-        free = wait_for(lambda: all(server.used() < LONG // 2 for server in survivors), FREED_S)
+            self._check_noticed(row, struck, target, stage, started, lambda: survivors[0].num_peers() < peers)
+        free = self._are_free(survivors) or (innocents.have_one_more() and self._are_free(survivors))
         after = [server.used() for server in survivors]
         row.pages = f"{before}, {at_strike}, {after}"
         innocents.stop()
@@ -168,8 +159,9 @@ class Matrix:
             row.problems.append(f"not noticed in {PROMISE_S} s")
         row.noticed = time.monotonic() - started
         surviving.join(HANGS_AFTER_S)
-        row.got = f"{surviving.outcome(struck.wanted)} after {surviving.ended - started:.1f} s"
-        limit = PROMISE_S + (BATCH_S if target == "decode" and stage == "transferring" else 0.0)
+        wanted = struck.wanted[:1] if surviving is struck.prefill else struck.wanted
+        row.got = f"{surviving.outcome(wanted)} after {surviving.ended - started:.1f} s"
+        limit = PROMISE_S + (BATCH_S if (target, stage) == ("decode", "transferring") else 0.0)
         if stage == "done":
             if not row.got.startswith("right"):
                 row.problems.append("the KV was there, and yet the answer is not right")
@@ -182,7 +174,9 @@ class Matrix:
         """A stopped one keeps its connections: servers end what they were asked, and the client is told later."""
         left = 1 if stage == "waiting" else 0  # the hog
         if number is signal.SIGKILL:
-            if not wait_for(lambda: self._num_left() <= left, CLIENT_GONE_S):
+            # A server counts anew with each batch: one more request makes it do so.
+            gone = wait_for(lambda: self._is_right(self._a, self._d1) and self._num_left() <= left, CLIENT_GONE_S)
+            if not gone:
                 row.problems.append(f"{self._num_left()} requests of a router that is gone")
             row.noticed = time.monotonic() - started
             row.got = struck.decode.outcome(struck.wanted)
@@ -198,10 +192,11 @@ class Matrix:
         if own is None:
             return
         own.join(HANGS_AFTER_S)
+        if target.startswith("prefill") and stage == "done":
+            row.own = "answered before"
+            return
         row.own = own.outcome(struck.wanted)
         stays_right = number is signal.SIGSTOP and (target == "router" or stage == "done")
-        if target.startswith("prefill") and stage == "done":
-            return  # it was answered before
         if row.own == "hangs" or (row.own == "right") != stays_right or row.own.startswith("wrong"):
             row.problems.append("the struck one's half did not end as it should")
 
@@ -212,9 +207,13 @@ class Matrix:
             row.problems.append(f"not served again in {AGAIN_S} s")
         row.again = time.monotonic() - started
 
+    def _are_free(self, survivors: list[Server]) -> bool:
+        """SGLang counts with each batch: a server without one says what was."""
+        return wait_for(lambda: all(server.used() < LONG for server in survivors), FREED_S)
+
     def _check_after(self, row: Row) -> None:
         for server in self._servers:
-            if not wait_for(partial(_is_idle, server), 10):
+            if not wait_for(lambda server=server: server.used() + server.num_requests() == 0, 10):
                 row.problems.append(f"{server.name} keeps {server.used()} slots, {server.num_requests()} requests")
 
     def _ask_until(self, target: str, stage: str) -> Struck:
@@ -230,14 +229,15 @@ class Matrix:
             if stage != "bootstrapping":
                 struck.prefill = ask_half(self._a, self._a, prompt, number, self._room)
         reached: dict[str, Callable[[], bool]] = {
-            "bootstrapping": lambda: self._d1.num_requests() > 0,
+            "bootstrapping": struck.decode.is_alive,
             "waiting": lambda: self._d1.num_requests() > 1 and self._d1.loads()["num_waiting_reqs"] > 0,
             "transferring": lambda: self._received() - received > TRANSFERRED_LAYERS * BYTES_A_LAYER,
-            "done": partial(self._is_done, struck),
+            "done": lambda: self._is_done(struck),
         }
         assert wait_for(reached[stage], 60), f"did not come to the stage {stage}"
+        if stage in ("waiting", "bootstrapping"):
+            time.sleep(0.05 if (target, stage) == ("router", "bootstrapping") else 1)
         if stage == "waiting" or (stage == "bootstrapping" and target != "router"):
-            time.sleep(1)
             assert self._received() - received < BYTES_A_LAYER, "did not wait"
         assert struck.decode.is_alive(), f"ended before the signal: {struck.decode.text[:200]}"
         return struck
@@ -302,6 +302,11 @@ class Matrix:
         with contextlib.suppress(requests.RequestException):
             requests.post(f"{self._d1.url}/abort_request", json={"rid": HOG}, timeout=10)
 
+    def _abort_all(self) -> None:
+        """So that what one case left is not in the next one's way."""
+        for server in self._servers:
+            requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=10)
+
     def _group(self, target: str) -> ProcessGroup:
         return self._cluster.groups[("prefill", "decode", "router").index(target.rstrip("01"))]
 
@@ -337,28 +342,20 @@ def _ended_badly(half: Half) -> bool:
     return not half.is_alive() and half.tokens is None
 
 
-def _is_idle(server: Server) -> bool:
-    return server.used() == 0 and server.num_requests() == 0
-
-
-def _has_fewer(server: Server, peers: float) -> bool:
-    return server.num_peers() < peers
-
-
 def _start(model: Path, port: int, log_dir: Path, num_ranks: int) -> LocalCluster:
     return LocalCluster(
         str(model),
         port=port,
         log_dir=log_dir,
         sp_size=num_ranks,
-        arguments=[*FLOAT32, "--enable-metrics"],
+        arguments=[*FLOAT32, "--enable-metrics", "--load-snapshot-publish-interval", "1"],
         prefill_arguments=["--prefill-backend-config", ALL_PASSED],
         decode_arguments=["--max-total-tokens", str(DECODE_TOKENS)],
     )
 
 
-def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]]) -> int:
-    """Returns the number of cases with a problem."""
+def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]], until: float) -> list[Row]:
+    """Starts no case after `until`, a time of `monotonic`."""
     clusters = [_start(model, FIRST_PORT + 10 * i, folder / f"logs{i}", 2 - i) for i in range(2)]
     with ExitStack() as stack:
         for cluster in clusters:
@@ -369,9 +366,10 @@ def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]]) -> in
         print(HEADER, flush=True)
         rows = []
         for cell in cells:
-            rows.append(matrix.run(*cell))
-            print(rows[-1].line(), flush=True)
-        return sum(bool(row.problems) for row in rows)
+            if time.monotonic() < until:
+                rows.append(matrix.run(*cell))
+                print(rows[-1].line(), flush=True)
+        return rows
 
 
 def main() -> int:
@@ -379,18 +377,20 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--signals", nargs="+", choices=("STOP", "KILL"), default=("STOP", "KILL"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--within", type=float, default=7200, metavar="SECONDS", help="then no other case begins")
     args = parser.parse_args()
     before = shared_memory()
-    cells = [(target, name, stage) for name, target, stage in product(args.signals, args.targets, args.stages)]
+    cells = [(target, name, stage) for name, stage, target in product(args.signals, args.stages, args.targets)]
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.cut(Path(os.environ.get("SGLANG_APB_MODEL", ".demo/model")), NUM_LAYERS, Path(folder))
-        num_failed = _run_all(model, Path(folder), cells)
+        rows = _run_all(model, Path(folder), cells, time.monotonic() + args.within)
     left = left_behind(before)
     try:
         check_ports({f"server {port}": port for port in range(FIRST_PORT, FIRST_PORT + 20)})
     except CommandError as error:
         left.append(str(error))
-    print(f"{len(cells)} cases, {num_failed} of them with a problem; left behind: {'; '.join(left) or 'nothing'}")
+    num_failed = sum(bool(row.problems) for row in rows)
+    print(f"{len(rows)} of {len(cells)} cases run, {num_failed} with a problem; left: {'; '.join(left) or 'nothing'}")
     return 1 if num_failed or left else 0
 
 

@@ -13,8 +13,11 @@ from typing import Any
 import psutil
 import requests
 from test_server_faults import value
+from transfer_peers import wait_for
 
 from sglang_apb.commands.servers import HOST
+
+_CAUSE = re.compile(r"Lost the connection[^.]*(?:\.\d[^.]*)*\.|The request was aborted[^.]*\.|Read\w*|Connection\w*")
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,17 @@ class Half(threading.Thread):
         if self.is_alive():
             return "hangs"
         if self.tokens is None:
-            return self.text
+            return _CAUSE.findall(self.text)[-1] if _CAUSE.search(self.text) else self.text
         return "right" if self.tokens == wanted else f"wrong: {self.tokens}"
+
+
+@dataclass
+class Struck:
+    """The request that is struck: `prefill` is None where it was not asked, and for one that went through a router."""
+
+    decode: Half
+    wanted: tuple[int, ...]
+    prefill: Half | None = None
 
 
 class Innocents(threading.Thread):
@@ -83,6 +95,10 @@ class Innocents(threading.Thread):
                 self.num_right += 1
             else:
                 self.problems.append("an innocent request got no right answer")
+
+    def have_one_more(self) -> bool:
+        before = self.num_right
+        return wait_for(lambda: self.num_right > before, 60)
 
     def stop(self) -> None:
         self._ending.set()
