@@ -31,10 +31,7 @@ class _Life:
 
 
 class Lives:
-    """`hear` at each ping's arrival; one thread. Of at most `max_peers`.
-
-    The first comes over the connection for pings; answers come over the one for KV.
-    """
+    """`hear` at each ping's arrival; one thread. Of at most `max_peers`."""
 
     def __init__(self, max_peers: int) -> None:
         self._max_peers = max_peers
@@ -42,9 +39,11 @@ class Lives:
 
     def hear(self, connection: bytes) -> None:
         identity, now = connection.removesuffix(_SUFFIX), time.monotonic()
+        if identity == connection:
+            return  # not a connection for pings
         if identity in self._lives:
             self._lives[identity].heard = now
-        elif identity != connection and len(self._lives) < self._max_peers:
+        elif len(self._lives) < self._max_peers:
             self._lives[identity] = _Life(now, now)
 
     def connections(self, identity: bytes) -> list[bytes]:

@@ -137,9 +137,7 @@ def ask_for_life(socket: zmq.Socket) -> None:
     """Before `connect`: lets ZMQ close the connection, on both sides, when the other one is silent.
 
     For a connection of its own. On one where so much may arrive that ZMQ stops reading it, pings end the process if the
-    peer goes just then (libzmq 4.3.5, stream_engine_base.cpp, out_event: "Assertion failed: !_io_error"). Who connects
-    sends nothing else over it: the other side's watch (HEARTBEAT_TTL) begins with a ping of ZMQ's, and ends with any
-    message (decode_and_push), so a process that is stopped after a message of its own would never be missed.
+    peer goes just then (libzmq 4.3.5, stream_engine_base.cpp, out_event: "Assertion failed: !_io_error").
     """
     socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
