@@ -63,7 +63,7 @@ class GpuSide:
 
 
 class UploadedIds:
-    """Page ids on a GPU: a prompt's layers have the same, and copying them costs a third of copying the pages."""
+    """Page ids on a GPU. A prompt's layers have the same: they are copied there once."""
 
     def __init__(self, device: torch.device):
         self._device = device

@@ -146,7 +146,7 @@ def ask_for_life(socket: zmq.Socket) -> None:
 
 def keep_freed_memory() -> None:
     """For a process that receives much: ZMQ allocates each part that arrives. Memory that glibc has given back to the
-    system in between comes with page faults: 62,000 a GB, half of the time that the kernel took.
+    system in between comes with page faults (`benchmarks/results/page-faults-cpu.txt`).
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt

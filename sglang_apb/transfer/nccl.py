@@ -184,14 +184,13 @@ class NcclSender(_Channel):
 
     def send(self, part: range, block: Block, ids: PageIds) -> None:
         self._check_taken()
-        num_bytes = block.num_pages * sum(place.page_bytes for place in self._side.packed(part, block, 0))
         with torch.cuda.device(self._device):
             if (address := self._side.straight(part, block, ids)) is None:
                 slot = self._take_slot()
                 address = self._slots[slot].data_ptr()
                 # On one stream with the sends, so that a slot is not written again before it is sent.
                 self._prepare(part, block, slot, ids, to_pool=False).run_on(self._communicator.stream)
-            self._send(address, num_bytes)
+            self._send(address, self._num_bytes(part, block))
 
     def send_nothing(self, num_bytes: int) -> None:
         """Zeros: the other side waits for so much, of a request that is gone here."""

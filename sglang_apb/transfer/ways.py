@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
@@ -29,10 +28,6 @@ class Ways:
 ZMQ_ONLY = Ways()
 
 
-class _Call(Protocol):
-    def __call__(self, command: Callable[[], None]) -> None: ...
-
-
 class Way:
     """To the prefill rank at `address`, for which this side is called `identity`. Until a better one is found, in
     threads of their own, KV comes over ZMQ.
@@ -46,7 +41,7 @@ class Way:
         ways: Ways,
         address: str,
         identity: bytes,
-        call: _Call,
+        call: Callable[[Callable[[], None]], None],
         send: Callable[[list[Buffer]], None],
         give_up: Callable[[str], None],
     ):
