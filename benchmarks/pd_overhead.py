@@ -32,9 +32,9 @@ _DUMMY_WEIGHTS = ("--load-format", "dummy", "--skip-tokenizer-init", *_GPU_ARGS)
 
 def main() -> None:
     args = _arguments()
-    logs = args.log_dir or Path(tempfile.mkdtemp(prefix="sglang-apb-bench-"))
     seconds: dict[str, list[float]] = {}
-    with _model(args) as model:
+    with _model(args) as model, tempfile.TemporaryDirectory(prefix="sglang-apb-bench-") as folder:
+        logs = args.log_dir or Path(folder)
         apb = ["--prefill-backend", "apb", "--sp-size", str(args.ranks), *args.server_args]
         one = LocalServer(model, port=args.port, log_dir=logs / "one", arguments=apb)
         seconds["one server"] = times(one, args.tokens, args.repeats)
