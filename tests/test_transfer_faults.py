@@ -170,6 +170,20 @@ def test_a_decode_server_that_dies_is_noticed(stage: str, fault: signal.Signals)
             check_others_go_on(peers, 4)
 
 
+def test_decode_servers_that_stop_at_any_time_between_two_pings_are_noticed() -> None:
+    """Later than in their first second, when ZMQ watches them."""
+    with cluster() as peers, contextlib.ExitStack() as stack:
+        sender = peers.senders[0]
+        started = [stack.enter_context(child(decode_server, sender.port, "expected")) for _ in range(4)]
+        assert all(pipe.poll(60) and pipe.recv() == "there" for _, pipe in started)
+        assert wait_for(lambda: len(sender._peers) == 4)
+        time.sleep(2.5)
+        for process, _ in started:
+            strike(process, signal.SIGSTOP)
+            time.sleep(0.23)
+        assert wait_for(lambda: len(sender._peers) == 0, PROMISE_S)
+
+
 def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> None:
     with cluster() as peers, child(decode_server, peers.senders[0].port, "expected") as (process, pipe):
         assert pipe.poll(30) and pipe.recv() == "there"

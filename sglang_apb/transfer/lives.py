@@ -10,11 +10,11 @@ import time
 from collections.abc import Container
 from dataclasses import dataclass
 
-from sglang_apb.transfer.loop import PING_MS, SILENCE_MS
+from sglang_apb.transfer.loop import PING_MS, WATCH_MS
 
 _SUFFIX = b" life"
 _BY_ZMQ_S = 1.5 * PING_MS / 1000
-_SILENCE_S = (PING_MS + SILENCE_MS) / 1000
+_SILENCE_S = WATCH_MS / 1000
 # A connection for pings is made together with one for KV. Alone, it is nobody's.
 _ALONE_S = 60.0
 
@@ -31,7 +31,10 @@ class _Life:
 
 
 class Lives:
-    """`hear` at each ping's arrival; one thread. Of at most `max_peers`."""
+    """`hear` at each ping's arrival; one thread. Of at most `max_peers`.
+
+    The first comes over the connection for pings; answers come over the one for KV.
+    """
 
     def __init__(self, max_peers: int) -> None:
         self._max_peers = max_peers
@@ -39,11 +42,9 @@ class Lives:
 
     def hear(self, connection: bytes) -> None:
         identity, now = connection.removesuffix(_SUFFIX), time.monotonic()
-        if identity == connection:
-            return  # not a connection for pings
         if identity in self._lives:
             self._lives[identity].heard = now
-        elif len(self._lives) < self._max_peers:
+        elif identity != connection and len(self._lives) < self._max_peers:
             self._lives[identity] = _Life(now, now)
 
     def connections(self, identity: bytes) -> list[bytes]:

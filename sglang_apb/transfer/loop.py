@@ -20,10 +20,13 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[], None]
 
-# A connection over which nothing came for PING_MS + SILENCE_MS is closed: its host or process is dead or stopped. ZMQ's
-# own thread asks and answers, so a busy scheduler is not taken for a dead one. With PROBE_MS (sending.py): under 5 s.
-PING_MS = 1000
-SILENCE_MS = 2500
+# ZMQ's own thread asks and answers, so a busy scheduler is not taken for a dead one. Who connects (decode) closes a
+# connection over which no answer came for PING_MS + SILENCE_MS, who listens (prefill) one without a ping for WATCH_MS: so
+# much later that decode has closed it whenever prefill itself was stopped for long enough to find its watch at an end.
+# Otherwise prefill would, once it goes on, drop requests that began since. With PROBE_MS (sending.py): under 5 s.
+PING_MS = 750
+SILENCE_MS = 2250
+WATCH_MS = PING_MS + SILENCE_MS + PING_MS + 250
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 # ZMQ's limit counts what CURVE adds to a part: 33 bytes.
 _ENCRYPTION_BYTES = 64
@@ -137,11 +140,13 @@ def ask_for_life(socket: zmq.Socket) -> None:
     """Before `connect`: lets ZMQ close the connection, on both sides, when the other one is silent.
 
     For a connection of its own. On one where so much may arrive that ZMQ stops reading it, pings end the process if the
-    peer goes just then (libzmq 4.3.5, stream_engine_base.cpp, out_event: "Assertion failed: !_io_error").
+    peer goes just then (libzmq 4.3.5, stream_engine_base.cpp, out_event: "Assertion failed: !_io_error"). Who connects
+    sends nothing else over it: the other side's watch (HEARTBEAT_TTL) begins with a ping of ZMQ's, and ends with any
+    message (decode_and_push), so a process that is stopped after a message of its own would never be missed.
     """
     socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, PING_MS + SILENCE_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TTL, WATCH_MS)
 
 
 def keep_freed_memory() -> None:

@@ -64,7 +64,7 @@ class _Expected:
 
 @dataclass(frozen=True, eq=False)
 class _Peer:
-    """A prefill rank. Nothing is sent over `life` but pings: KV may fill the other connection (`loop.ask_for_life`)."""
+    """A prefill rank. Nothing is sent over `life` but one ping, and ZMQ's own: see `loop.ask_for_life`."""
 
     address: Address
     socket: zmq.Socket
@@ -195,7 +195,7 @@ class ReceivingEndpoint(SocketLoop):
         )
         peer = _Peer(address, socket, life, monitors, way)
         self.watch(socket, partial(self._receive_some, peer))
-        self.watch(life, partial(self._answer_ping, life))
+        self.watch(life, partial(self._answer_pings, peer))
         for monitor in monitors:
             self.watch(monitor, partial(self._watch_connection, peer, monitor))
         for each in (socket, life):
@@ -213,14 +213,14 @@ class ReceivingEndpoint(SocketLoop):
             self.keys.speak_to(socket, address.key)
         return socket
 
-    def _answer_ping(self, life: zmq.Socket) -> None:
-        """Pings only: two sides that answered everything would never end."""
+    def _answer_pings(self, peer: _Peer) -> None:
+        """Over the connection for KV: whatever comes over the other one ends ZMQ's watch there until its next ping."""
         for _ in range(MAX_FRAMES_A_TURN):
-            if (parts := receive(life)) is None:
+            if peer.life.closed or (parts := receive(peer.life)) is None:
                 return
             with contextlib.suppress(WireError, zmq.ZMQError):  # gone: its monitor says so
                 if wire.parse(buffers(parts)).kind is Kind.PING:
-                    life.send_multipart(_PING, zmq.NOBLOCK)
+                    peer.socket.send_multipart(_PING, zmq.NOBLOCK)
 
     def _watch_connection(self, peer: _Peer, monitor: zmq.Socket) -> None:
         event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
