@@ -21,13 +21,11 @@ from pathlib import Path
 import requests
 
 from sglang_apb.commands.bench.models import SHAPES, shape_folder
+from sglang_apb.commands.bench.servers import common_arguments
 from sglang_apb.commands.report import prefill_report, write_result
 from sglang_apb.commands.servers import LocalCluster, LocalServer, LocalService
 
 _STARTUP_S = 600.0
-_GPU_ARGS = ("--grammar-backend", "none", "--disable-radix-cache", "--disable-prefill-cuda-graph")
-_GPU_ARGS += ("--cuda-graph-max-bs-decode", "4", "--max-running-requests", "16")
-_DUMMY_WEIGHTS = ("--load-format", "dummy", "--skip-tokenizer-init", *_GPU_ARGS)
 
 
 def main() -> None:
@@ -101,7 +99,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
     if args.model:
         yield args.model
         return
-    args.server_args = [*_DUMMY_WEIGHTS, *args.server_args]
+    args.server_args = [*common_arguments(dummy_weights=True), *args.server_args]
     with shape_folder(args.shape) as folder:
         yield folder
 

@@ -7,10 +7,12 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_models
+from asking import Answer, generate, prompts
 
 from sglang_apb.commands.servers import LocalCluster, LocalServer, LocalService
 
@@ -21,7 +23,7 @@ os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(
     sorted({path.stem for path in _MODELS.glob("*.py")} - _MODELS_NEEDED)
 )
 
-# `make test` stays under half an hour on 2 cores without what other tests show in part.
+# `make test` stays under 20 minutes on 2 cores without what other tests show in part.
 thorough = pytest.mark.skipif(os.environ.get("SGLANG_APB_THOROUGH") != "1", reason="runs with SGLANG_APB_THOROUGH=1")
 
 # Each service gets ports of its own: those of the last one may still be closing.
@@ -32,6 +34,8 @@ def next_port() -> int:
     """The first of ten ports that no other service of this test run has."""
     return next(_ports)
 
+
+PLAIN_LENGTHS = (300, 1000, 1300, 1700, 2200, 3000)
 
 # Four ranks of a cluster fit beside each other with KV for 12K tokens: 1 GB each.
 FLOAT32 = ("--dtype", "float32", "--max-total-tokens", "12000")
@@ -55,6 +59,26 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         return path if path.exists() else tiny_models.make(family, smollm2, path)
 
     return make
+
+
+@dataclass(frozen=True)
+class Plain:
+    """SmolLM2's first layers, prompts by their lengths, and what one server without any option of ours says to each."""
+
+    model: Path
+    num_layers: int
+    prompts: dict[int, list[int]]
+    answers: dict[int, Answer]
+
+
+@pytest.fixture(scope="session")
+def plain(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, log_dirs: Iterator[Path]) -> Plain:
+    """SGLANG_APB_WHOLE_MODEL=1 takes all of the 30 layers (7 times as long)."""
+    num_layers = 30 if os.environ.get("SGLANG_APB_WHOLE_MODEL") == "1" else 4
+    model = tiny_models.cut(smollm2, num_layers, tmp_path_factory.mktemp("cut"))
+    asked = dict(zip(PLAIN_LENGTHS, prompts(model, PLAIN_LENGTHS), strict=True))
+    with running(server(model, next(log_dirs))) as url:
+        return Plain(model, num_layers, asked, {length: generate(url, prompt) for length, prompt in asked.items()})
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,10 @@
-"""Prompts with known answers to two prefill and two decode servers, of which one after the other is killed.
+"""Prompts with known answers to two prefill and two decode servers, of which one after the other is killed or stopped.
 
     python tests/soak_servers.py MODEL_DIR --requests 500
 
-MODEL_DIR: SmolLM2's; three of its layers are served. Ends with status 1 when an answer is wrong, a request hangs or
-fails although no server was down, or when something is left: KV pages that are not free, processes, shared memory.
+MODEL_DIR: SmolLM2's; three of its layers are served. A server that was killed takes half a minute to be back; meanwhile
+the schedulers of others are stopped for some seconds. Ends with status 1 when an answer is wrong, a request hangs or
+fails although no server was struck, or when something is left: KV pages that are not free, processes, shared memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import contextlib
 import random
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -36,6 +36,8 @@ LENGTHS = (150, 300, 600, 900, 1300)
 NUM_AT_ONCE = 4
 HANGS_AFTER_S = 90.0
 RESTART_S = 240.0
+STOPPED_S = (1.0, 6.0)
+SHARE_KILLED = 0.3
 SAMPLING = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
@@ -53,14 +55,14 @@ class Soak:
 
     def run(self, num_requests: int, fault_every_s: float) -> None:
         self._wanted = [self._tokens(prompt) for prompt in self._asked]
-        killer = threading.Thread(target=self._kill_again_and_again, args=(fault_every_s,))
-        killer.start()
+        striker = threading.Thread(target=self._strike_again_and_again, args=(fault_every_s,))
+        striker.start()
         try:
             with ThreadPoolExecutor(NUM_AT_ONCE) as clients:
                 list(clients.map(self._ask, range(num_requests)))
         finally:
             self._ending.set()
-            killer.join()
+            striker.join()
         self._ask_until_both_sides_answer()
         self._check_pages()
 
@@ -91,19 +93,42 @@ class Soak:
         else:
             self.outcomes["right"] += 1
 
-    def _kill_again_and_again(self, every_s: float) -> None:
+    def _strike_again_and_again(self, every_s: float) -> None:
+        """At most one server is down at a time, and at most one other is stopped."""
+        restart = threading.Thread()
+        down: ProcessGroup | None = None
         while not self._ending.wait(every_s * self._random.uniform(0.5, 1.5)):
-            group = self._random.choice(self._servers)
-            whole = self._random.random() < 0.5
-            self.faults[f"{group.name} {'killed' if whole else 'lost its scheduler'}"] += 1
+            is_down = restart.is_alive()
+            group = self._random.choice([group for group in self._servers if not (is_down and group is down)])
             self._last_fault = time.monotonic()
-            _kill(group, whole)
-            group.stop()
-            group.start()
-            if not wait_for(partial(is_up, _url(group)), RESTART_S):
-                self.problems.append(f"{group.name} did not start again; log: {group.log_path}")
-                return
-            self._last_fault = time.monotonic()
+            if is_down or self._random.random() > SHARE_KILLED:
+                self._stop_for_a_while(group)
+            else:
+                down, restart = group, threading.Thread(target=self._kill_and_restart, args=(group,))
+                restart.start()
+        if down is not None:
+            restart.join()
+
+    def _stop_for_a_while(self, group: ProcessGroup) -> None:
+        self.faults[f"{group.name} stopped"] += 1
+        stopped = _schedulers(group)
+        for process in stopped:
+            process.suspend()
+        self._ending.wait(self._random.uniform(*STOPPED_S))
+        for process in stopped:
+            process.resume()
+        self._last_fault = time.monotonic()
+
+    def _kill_and_restart(self, group: ProcessGroup) -> None:
+        whole = self._random.random() < 0.5
+        self.faults[f"{group.name} {'killed' if whole else 'lost its scheduler'}"] += 1
+        for process in _processes(group) if whole else _schedulers(group):
+            process.kill()
+        group.stop()
+        group.start()
+        if not wait_for(partial(is_up, _url(group)), RESTART_S):
+            self.problems.append(f"{group.name} did not start again; log: {group.log_path}")
+        self._last_fault = time.monotonic()
 
     def _ask_until_both_sides_answer(self) -> None:
         """The router takes a while to notice that a server is back."""
@@ -124,12 +149,13 @@ class Soak:
                 self.problems.append(f"{group.name} keeps {_used_tokens(group):.0f} KV slots")
 
 
-def _kill(group: ProcessGroup, whole: bool) -> None:
+def _processes(group: ProcessGroup) -> list[psutil.Process]:
     (server,) = psutil.Process(group.pid).children()
-    children = server.children(recursive=True)
-    schedulers = [child for child in children if "scheduler" in " ".join(child.cmdline())]
-    for process in [server, *children] if whole else schedulers:
-        process.send_signal(signal.SIGKILL)
+    return [server, *server.children(recursive=True)]
+
+
+def _schedulers(group: ProcessGroup) -> list[psutil.Process]:
+    return [process for process in _processes(group) if "scheduler" in " ".join(process.cmdline())]
 
 
 def _url(group: ProcessGroup) -> str:
@@ -163,7 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--fault-every", type=float, default=10.0, metavar="SECONDS", help="after the last restart")
+    parser.add_argument("--fault-every", type=float, default=3.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started, before = time.monotonic(), shared_memory()

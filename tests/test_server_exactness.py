@@ -1,88 +1,63 @@
-"""Through real servers: with everything passed on, APB's tokens are plain SGLang's, on any number of ranks.
-
-The model is SmolLM2's first 6 of 30 layers; SGLANG_APB_WHOLE_MODEL=1 takes all of them (5 times as long).
-"""
+"""Through real servers: with everything passed on, APB's tokens are plain SGLang's, on any number of ranks."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import requests
-import tiny_models
-from asking import ALL_PASSED, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
-from conftest import cluster, running, server, thorough
+from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
+from conftest import PLAIN_LENGTHS, Plain, cluster, running, server, thorough
 
 pytestmark = pytest.mark.server
-LENGTHS = (1000, 1300, 1700, 2200, 3000)
+LENGTHS = PLAIN_LENGTHS[1:]
 APB = ("--prefill-backend", "apb", "--prefill-backend-config", ALL_PASSED)
 
 
-@pytest.fixture(scope="module")
-def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if os.environ.get("SGLANG_APB_WHOLE_MODEL") == "1":
-        return smollm2
-    return tiny_models.cut(smollm2, 6, tmp_path_factory.mktemp("cut"))
-
-
-@pytest.fixture(scope="module")
-def asked(model: Path) -> list[list[int]]:
-    return prompts(model, LENGTHS)
-
-
-@pytest.fixture(scope="module")
-def plain_answers(model: Path, asked: list[list[int]], log_dirs: Iterator[Path]) -> list[Answer]:
-    """Of a server without any option of ours."""
-    with running(server(model, next(log_dirs))) as url:
-        return [generate(url, prompt) for prompt in asked]
-
-
-def check(url: str, asked: list[list[int]], plain_answers: list[Answer], num_ranks: int) -> None:
-    for prompt, plain in zip(asked, plain_answers, strict=True):
-        answer = generate(url, prompt)
+def check(url: str, plain: Plain, num_ranks: int) -> None:
+    for length in LENGTHS:
+        answer = generate(url, plain.prompts[length])
         assert_ran_sparse(answer, num_ranks)
-        assert_same_tokens(answer, plain)
+        assert_same_tokens(answer, plain.answers[length])
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)])
-def test_one_server_equals_plain_sglang(
-    num_ranks: int, model: Path, asked: list[list[int]], plain_answers: list[Answer], log_dirs: Iterator[Path]
-) -> None:
-    with running(server(model, next(log_dirs), *APB, "--sp-size", str(num_ranks))) as url:
-        check(url, asked, plain_answers, num_ranks)
+@thorough
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_one_server_equals_plain_sglang(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
+    with running(server(plain.model, next(log_dirs), *APB, "--sp-size", str(num_ranks))) as url:
+        check(url, plain, num_ranks)
 
 
 # Ranks, page size, and KV slots of each rank: with several ranks fewer than the longest prompt has tokens, and too
 # few for two prompts, so that a slot that is not given back is missed at once.
-@pytest.mark.parametrize(("num_ranks", "page_size", "num_slots"), [(1, 1, 12000), (2, 1, 1900), (3, 16, 1392)])
+@pytest.mark.parametrize(
+    ("num_ranks", "page_size", "num_slots"),
+    [
+        pytest.param(1, 1, 12000, marks=thorough),
+        pytest.param(2, 1, 1900, marks=thorough),
+        (3, 16, 1392),
+    ],
+)
 def test_disaggregated_over_zmq_equals_plain_sglang(
-    num_ranks: int,
-    page_size: int,
-    num_slots: int,
-    model: Path,
-    asked: list[list[int]],
-    plain_answers: list[Answer],
-    log_dirs: Iterator[Path],
+    num_ranks: int, page_size: int, num_slots: int, plain: Plain, log_dirs: Iterator[Path]
 ) -> None:
     prefill = ("--prefill-backend-config", ALL_PASSED, "--max-total-tokens", str(num_slots))
-    service = cluster(model, next(log_dirs), num_ranks, *prefill, arguments=("--page-size", str(page_size)))
+    service = cluster(plain.model, next(log_dirs), num_ranks, *prefill, arguments=("--page-size", str(page_size)))
     with running(service) as url:
-        check(url, asked, plain_answers, num_ranks)
-        num_tokens = -(-len(asked[0]) // page_size) * page_size
-        num_layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-        report = generate(url, asked[0]).prefill
+        check(url, plain, num_ranks)
+        shortest, longest = plain.prompts[LENGTHS[0]], plain.prompts[LENGTHS[-1]]
+        num_tokens = -(-len(shortest) // page_size) * page_size
+        report = generate(url, shortest).prefill
         assert report is not None
-        assert report["kv_bytes"] == num_tokens * num_layers * 2 * 3 * 64 * 4  # K and V, KV heads, head, float32
+        assert report["kv_bytes"] == num_tokens * plain.num_layers * 2 * 3 * 64 * 4  # K and V, KV heads, head, float32
         # Layer by layer: most of them are gone before the last one is computed.
         assert report["kv_bytes"] // 2 < report["kv_bytes_hidden"] <= report["kv_bytes"]
         assert report["kv_data_plane"] == "zmq", "there is no other on a CPU"
         if num_ranks > 1:
-            check_limits(url, model, asked[-1], num_slots)
-            assert_same_tokens(generate(url, asked[-1]), plain_answers[-1])
+            check_limits(url, plain.model, longest, num_slots)
+            assert_same_tokens(generate(url, longest), plain.answers[LENGTHS[-1]])
 
 
 def check_limits(url: str, model: Path, prompt: list[int], num_slots: int) -> None:
@@ -105,8 +80,8 @@ def check_limits(url: str, model: Path, prompt: list[int], num_slots: int) -> No
     [
         # In SGLang it is Llama under another name.
         pytest.param("MistralForCausalLM", ALL_PASSED, 1, marks=thorough),
-        ("Qwen2ForCausalLM", ALL_PASSED, 16),
-        ("Qwen3ForCausalLM", ALL_PASSED, 1),
+        pytest.param("Qwen2ForCausalLM", ALL_PASSED, 16, marks=thorough),
+        ("Qwen3ForCausalLM", ALL_PASSED, 16),
     ],
 )
 def test_every_family_runs_sparse_and_equals_its_exact_path(

@@ -5,45 +5,25 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import tiny_models
-from asking import ALL_PASSED, Answer, assert_ran_sparse, assert_same_tokens, generate, prompts
-from conftest import FLOAT32, cluster, next_port, running, server, thorough
+from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate
+from conftest import FLOAT32, Plain, cluster, next_port, running, thorough
 
 from sglang_apb.commands import servers
 from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import LocalCluster, LocalService
 
 pytestmark = pytest.mark.server
+CONFIG = ("--prefill-backend-config", ALL_PASSED)
 ZMQ = ("--disaggregation-transfer-backend", "zmq")
 NUM_ASKED = 12
 
 
-@pytest.fixture(scope="module")
-def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_models.cut(smollm2, 3, tmp_path_factory.mktemp("cut"))
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Prompts of 300 and 1,000 tokens, and what one plain server of one rank says to them."""
-
-    asked: list[list[int]]
-    answers: list[Answer]
-
-
-@pytest.fixture(scope="module")
-def plain(model: Path, log_dirs: Iterator[Path]) -> Plain:
-    asked = prompts(model, (300, 1000))
-    with running(server(model, next(log_dirs))) as url:
-        return Plain(asked, [generate(url, prompt) for prompt in asked])
-
-
 def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: int, *more: str) -> LocalService:
-    """Servers of one rank each behind one router, which picks at random."""
+    """Servers of one rank each behind one router, which picks at random. The first prefill server's backend is APB,
+    the others are plain SGLang's."""
     router = next_port()
     ports, groups = {"router": router}, []
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--policy", "random"]
@@ -56,7 +36,7 @@ def several_servers(model: Path, log_dir: Path, num_prefill: int, num_decode: in
         if role == "prefill":
             used[f"{name}'s bootstrap"] = port + 2
             arguments += ["--disaggregation-bootstrap-port", str(port + 2)]
-            arguments += ["--prefill-backend", "apb", "--prefill-backend-config", ALL_PASSED]
+            arguments += ["--prefill-backend", "apb", *CONFIG] if name == "prefill 0" else []
         ports |= used
         groups.append(servers.server_group(name, str(model), used, arguments, log_dir / f"{role}-{number}.log"))
         command += [f"--{role}", f"http://{servers.HOST}:{port}", *([str(port + 2)] if role == "prefill" else [])]
@@ -68,15 +48,17 @@ def num_asked(log: Path) -> int:
     return sum("POST /generate HTTP" in line for line in log.read_text().splitlines())
 
 
-def test_several_servers_on_either_side_answer_alike(model: Path, log_dirs: Iterator[Path]) -> None:
+def test_several_servers_on_either_side_answer_alike(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Every decode server is sent KV by every prefill server: of two by two, all pairs come up in a dozen requests."""
     log_dir = next(log_dirs)
-    (prompt,) = prompts(model, (1000,))
-    with running(several_servers(model, log_dir, 2, 2)) as url:
-        answers = [generate(url, prompt) for _ in range(NUM_ASKED)]
+    with running(several_servers(plain.model, log_dir, 2, 2)) as url:
+        answers = [generate(url, plain.prompts[1000]) for _ in range(NUM_ASKED)]
     for answer in answers:
+        assert_same_tokens(answer, plain.answers[1000])
+    sparse = [answer for answer in answers if answer.prefill is not None]
+    assert 0 < len(sparse) < NUM_ASKED, "one prefill server only was asked"
+    for answer in sparse:
         assert_ran_sparse(answer, 1)
-        assert_same_tokens(answer, answers[0])
         assert answer.prefill is not None and int(answer.prefill["kv_bytes"]) > 0
     for role in ("prefill", "decode"):
         asked = [num_asked(log_dir / f"{role}-{number}.log") for number in range(2)]
@@ -84,25 +66,25 @@ def test_several_servers_on_either_side_answer_alike(model: Path, log_dirs: Iter
 
 
 @pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=thorough)])
-def test_each_of_three_decode_ranks_gets_its_heads(
-    num_ranks: int, model: Path, log_dirs: Iterator[Path], plain: Plain
-) -> None:
+def test_each_of_three_decode_ranks_gets_its_heads(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
     """SmolLM2 has 3 KV heads. A sparse prompt, and one on SGLang's path, whose chunks are sent one by one."""
-    config = ("--prefill-backend-config", ALL_PASSED, "--chunked-prefill-size", "128")
-    service = cluster(model, next(log_dirs), num_ranks, *config, decode_arguments=("--tp", "3"))
+    config = (*CONFIG, "--chunked-prefill-size", "128")
+    service = cluster(plain.model, next(log_dirs), num_ranks, *config, decode_arguments=("--tp", "3"))
     with running(service) as url:
-        exact, sparse = (generate(url, prompt) for prompt in plain.asked)
+        exact, sparse = (generate(url, plain.prompts[length]) for length in (300, 1000))
     assert_ran_sparse(sparse, num_ranks)
     assert sparse.prefill is not None
-    assert sparse.prefill["kv_bytes"] == 1000 * 3 * 2 * 3 * 64 * 4, "tokens, layers, K and V, heads of 64 in float32"
-    assert_same_tokens(exact, plain.answers[0])
-    assert_same_tokens(sparse, plain.answers[1])
+    num_bytes = 1000 * plain.num_layers * 2 * 3 * 64 * 4  # tokens, layers, K and V, heads of 64 in float32
+    assert sparse.prefill["kv_bytes"] == num_bytes
+    assert_same_tokens(exact, plain.answers[300])
+    assert_same_tokens(sparse, plain.answers[1000])
 
 
-def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: Iterator[Path], plain: Plain) -> None:
+@thorough
+def test_plain_prefill_of_three_ranks_to_one_decode_rank(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Our transfer alone, from tensor-parallel ranks that hold one head each."""
     service = LocalCluster(
-        str(model),
+        str(plain.model),
         port=next_port(),
         log_dir=next(log_dirs),
         prefill_backend=None,
@@ -110,23 +92,21 @@ def test_plain_prefill_of_three_ranks_to_one_decode_rank(model: Path, log_dirs: 
         prefill_arguments=["--tp", "3"],
     )
     with running(service) as url:
-        assert_same_tokens(generate(url, plain.asked[0]), plain.answers[0])
+        assert_same_tokens(generate(url, plain.prompts[300]), plain.answers[300])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mooncake") is None, reason="needs Mooncake: see docs/transfer.md")
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_mooncakes_tcp_takes_what_apb_prefilled(
-    num_ranks: int, model: Path, log_dirs: Iterator[Path], plain: Plain
-) -> None:
+def test_mooncakes_tcp_takes_what_apb_prefilled(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
     """SGLang's own transfer sends for one rank; all of them hold the whole prompt's KV then."""
     service = LocalCluster(
-        str(model),
+        str(plain.model),
         port=next_port(),
         log_dir=next(log_dirs),
         sp_size=num_ranks,
         transfer_backend="mooncake_tcp",
         arguments=FLOAT32,
-        prefill_arguments=["--prefill-backend-config", ALL_PASSED],
+        prefill_arguments=CONFIG,
     )
     with running(service) as url:
-        assert_same_tokens(generate(url, plain.asked[1]), plain.answers[1])
+        assert_same_tokens(generate(url, plain.prompts[1000]), plain.answers[1000])

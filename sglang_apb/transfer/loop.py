@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[], None]
 
 # ZMQ's own thread asks and answers, so a busy scheduler is not taken for a dead one. Who connects (decode) closes a
-# connection over which no answer came for PING_MS + SILENCE_MS, who listens (prefill) one without a ping for WATCH_MS: so
-# much later that decode has closed it whenever prefill itself was stopped for long enough to find its watch at an end.
-# Otherwise prefill would, once it goes on, drop requests that began since. With PROBE_MS (sending.py): under 5 s.
+# connection over which no answer came for PING_MS + SILENCE_MS, who listens (prefill) one without a ping for WATCH_MS:
+# so much later that decode has closed it, too, whenever prefill itself was stopped for so long that its watch has run
+# out. It would else drop requests that came since. With PROBE_MS (sending.py): under 5 s.
 PING_MS = 750
 SILENCE_MS = 2250
 WATCH_MS = PING_MS + SILENCE_MS + PING_MS + 250

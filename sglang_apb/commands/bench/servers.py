@@ -54,7 +54,7 @@ def plan_servers(
     APB's server runs short prompts and decode with the first of `backends`; with a `bootstrap_port` it is the prefill
     server of a pair, whose ranks keep what they own. `extra` goes to all, last.
     """
-    common = [*_COMMON, *(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ()), *extra]
+    common = [*common_arguments(dummy_weights), *extra]
     plain = [*(_PLAIN_GPU if num_gpus() else ()), "--tp", str(gpus), *common]
     plans = [ServerPlan(backend, ("--attention-backend", backend, *plain)) for backend in backends]
     apb = ["--prefill-backend", "apb", "--sp-size", str(gpus)]
@@ -64,6 +64,11 @@ def plan_servers(
         apb += ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "zmq"]
         apb += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
     return [*plans, ServerPlan(APB, (*apb, *common))]
+
+
+def common_arguments(dummy_weights: bool) -> list[str]:
+    """What every server that is measured is started with."""
+    return [*_COMMON, *(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ())]
 
 
 def default_backends() -> list[str]:
