@@ -1,10 +1,14 @@
-"""Every process of a cluster, killed or stopped at every stage of a request: a line for each case.
+"""Every process of a cluster, killed, stopped or cut off at every stage of a request: a line for each case.
 
-    SGLANG_APB_MODEL=MODEL_DIR python tests/fault_matrix.py --signals STOP
+    SGLANG_APB_MODEL=MODEL_DIR python tests/fault_matrix.py --faults STOP KILL
+    SGLANG_APB_MODEL=MODEL_DIR python tests/fault_matrix.py --faults CUT
 
 MODEL_DIR: SmolLM2's; some of its layers are served. Two clusters run: prefill of two APB ranks (A), decode (D1) and
 router, and prefill of one rank (B), decode (D2) and router. The struck request always goes from A to D1. It is sent to
 both servers as the router sends it, so that each one's answer is seen; for a router that is struck, through it.
+
+With CUT, D1 is on another machine, as far as the network can tell, and the link to it delays and loses packets. Then
+the link is cut: for a prefill rank and for the router what goes to or comes from it, for decode everything.
 
 Status 1 if a case breaks a promise: noticed in time; the error names the cause; the pages are free at once; requests
 that do not need the struck process are answered rightly; served again when it is back; nothing is left at the end.
@@ -16,7 +20,6 @@ import argparse
 import contextlib
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -32,16 +35,18 @@ import requests
 import tiny_models
 from asking import ALL_PASSED, prompts
 from conftest import FLOAT32
+from far_cluster import IN_NAMESPACE, spread
 from halves import Half, Innocents, Server, Struck, ask_half, body, tcp_received
-from soak_servers import RESTART_S, left_behind, shared_memory
+from lossy_link import HERE, THERE, Link
+from soak_servers import left_behind, shared_memory
+from striking import FAULTS, TARGETS, Striker
 from test_server_faults import PROMISE_S, schedulers
 from transfer_peers import wait_for
 
-from sglang_apb.commands import CommandError
-from sglang_apb.commands.processes import ProcessGroup
-from sglang_apb.commands.servers import HOST, LocalCluster, check_ports, completes_chat, is_up
+from sglang_apb.commands.servers import HOST, LocalCluster
+from sglang_apb.transfer import keys
 
-FIRST_PORT = 36000
+FIRST_PORT = 31800
 NUM_LAYERS = 12
 SHORT, LONG = 600, 2500
 # Decode's pool: holds the long prompt, or one that may grow by HOG_TOKENS, but not both.
@@ -49,20 +54,20 @@ DECODE_TOKENS, HOG_TOKENS = 5200, 3000
 TRANSFERRED_LAYERS = 3
 BYTES_A_LAYER = LONG * 2 * 3 * 64 * 4  # K and V, 3 heads of 64 in float32
 FEW, MANY = 8, 160
-TARGETS = ("prefill0", "prefill1", "decode", "router")
 STAGES = ("bootstrapping", "waiting", "transferring", "done")
 HOG = "hog"
 FREED_S = 1.5
 # SGLang looks every 4 s whether a client is still there. A batch that is being computed is computed to its end.
 CLIENT_GONE_S = 10.0
 BATCH_S = 10.0
+DELAY_S, LOSS = 0.005, 0.01  # of packets on the link to D1
 AGAIN_S = 15.0
 HANGS_AFTER_S = 60.0
 
 
 @dataclass
 class Row:
-    """What one case showed. Seconds count from the signal, those until served again from when the process was back."""
+    """What one case showed. Seconds count from the fault, those until served again from when the process was back."""
 
     cell: str
     noticed: float | None = None
@@ -82,38 +87,38 @@ class Row:
 
 
 HEADER = (
-    "target | signal | stage | noticed s | survivor's half of the struck request got | the struck one's own half | "
+    "target | fault | stage | noticed s | survivor's half of the struck request got | the struck one's own half | "
     "innocent | slots in use before, struck, after | served again s | result"
 )
 
 
 class Matrix:
-    def __init__(self, model: Path, first: LocalCluster, second: LocalCluster) -> None:
-        self._cluster = first
-        self._a, self._d1 = _server("A", first, 1), _server("D1", first, 2)
-        self._b, self._d2 = _server("B", second, 1), _server("D2", second, 2)
+    def __init__(self, model: Path, first: LocalCluster, second: LocalCluster, link: Link | None) -> None:
+        self._cluster, self._link = first, link
+        prefill_host, far_host = (HERE, THERE) if link else (HOST, HOST)
+        self._a, self._d1 = _server("A", first, 1, prefill_host), _server("D1", first, 2, far_host)
+        self._b, self._d2 = _server("B", second, 1, prefill_host), _server("D2", second, 2, HOST)
         self._servers = (self._a, self._b, self._d1, self._d2)
+        self._striker = Striker(first, link, {"prefill": self._a.url, "decode": self._d1.url, "router": first.url})
         self._short, self._long = prompts(model, (SHORT, LONG))
         self._random = random.Random(0)
         self._room = 0
-        self._is_struck = False
         self._wanted = {
             (len(prompt), number): self._reference(prompt, number)
             for prompt, number in ((self._short, FEW), (self._short, MANY), (self._long, FEW))
         }
 
-    def run(self, target: str, name: str, stage: str) -> Row:
-        row = Row(f"{target} | {name} | {stage}")
-        number = signal.Signals[f"SIG{name}"]
+    def run(self, target: str, fault: str, stage: str) -> Row:
+        row = Row(f"{target} | {fault} | {stage}")
         if stage == "waiting":
             self._start_hog()
-        innocents = Innocents(partial(self._is_right, *self._innocent_pair(target)))
+        innocents = Innocents(partial(self._outcome, *self._innocent_pair(target)))
         try:
-            self._strike(row, target, number, stage, innocents)
+            self._strike(row, target, fault, stage, innocents)
         except (AssertionError, requests.RequestException) as error:
             row.problems.append(f"{type(error).__name__}: {str(error)[:200]}")
         finally:
-            self._bring_back(target, number)
+            self._striker.bring_back()
             if row.problems:
                 self._abort_all()
             innocents.stop()
@@ -122,19 +127,18 @@ class Matrix:
             self._check_after(row)
         return row
 
-    def _strike(self, row: Row, target: str, number: signal.Signals, stage: str, innocents: Innocents) -> None:
+    def _strike(self, row: Row, target: str, fault: str, stage: str, innocents: Innocents) -> None:
         survivors = {"p": [self._d1], "d": [self._a], "r": [self._a, self._d1]}[target[0]]
         before = [server.used() for server in survivors]
         struck = self._ask_until(target, stage)
         peers = survivors[0].num_peers()
         at_strike = [server.used() for server in survivors]
-        started, self._is_struck = time.monotonic(), True
-        for process in self._processes(target):
-            process.send_signal(number)
+        started = time.monotonic()
+        self._striker.strike(target, fault)
         if (target, stage) == ("decode", "bootstrapping"):
             struck.prefill = ask_half(self._a, self._a, self._long, FEW, self._room)
         if target == "router":
-            self._check_router(row, struck, number, stage, started)
+            self._check_router(row, struck, fault, stage, started)
         else:
             self._check_noticed(row, struck, target, stage, started, lambda: survivors[0].num_peers() < peers)
         free = self._are_free(survivors) or (innocents.have_one_more() and self._are_free(survivors))
@@ -144,10 +148,10 @@ class Matrix:
         row.num_innocent = innocents.num_right
         row.problems += [] if free else [f"pages are not free: {after}"]
         row.problems += innocents.problems
+        self._striker.bring_back()
         self._end_hog()
-        self._bring_back(target, number)
         self._check_again(row, target)
-        self._check_own(row, struck, target, number, stage)
+        self._check_own(row, struck, target, fault, stage)
 
     def _check_noticed(
         self, row: Row, struck: Struck, target: str, stage: str, started: float, has_fewer: Callable[[], bool]
@@ -170,10 +174,10 @@ class Matrix:
         elif surviving.ended - started > limit:
             row.problems.append(f"the error took more than {limit} s")
 
-    def _check_router(self, row: Row, struck: Struck, number: signal.Signals, stage: str, started: float) -> None:
-        """A stopped one keeps its connections: servers end what they were asked, and the client is told later."""
+    def _check_router(self, row: Row, struck: Struck, fault: str, stage: str, started: float) -> None:
+        """One that is stopped or cut off keeps its connections: what servers end, the client is told later."""
         left = 1 if stage == "waiting" else 0  # the hog
-        if number is signal.SIGKILL:
+        if fault == "KILL":
             # A server counts anew with each batch: one more request makes it do so.
             gone = wait_for(lambda: self._is_right(self._a, self._d1) and self._num_left() <= left, CLIENT_GONE_S)
             if not gone:
@@ -186,7 +190,7 @@ class Matrix:
             row.problems.append(f"{self._num_left()} requests do not end")
         row.got = "waits"
 
-    def _check_own(self, row: Row, struck: Struck, target: str, number: signal.Signals, stage: str) -> None:
+    def _check_own(self, row: Row, struck: Struck, target: str, fault: str, stage: str) -> None:
         """What the struck process itself says, or its client sees, once it is back."""
         own = struck.prefill if target.startswith("prefill") else struck.decode
         if own is None:
@@ -196,7 +200,7 @@ class Matrix:
             row.own = "answered before"
             return
         row.own = own.outcome(struck.wanted)
-        stays_right = number is signal.SIGSTOP and (target == "router" or stage == "done")
+        stays_right = fault != "KILL" and (target == "router" or stage == "done")
         if row.own == "hangs" or (row.own == "right") != stays_right or row.own.startswith("wrong"):
             row.problems.append("the struck one's half did not end as it should")
 
@@ -251,7 +255,7 @@ class Matrix:
     def _received(self) -> int:
         """Bytes that D1 was sent by A's ranks."""
         (decode,) = schedulers(self._cluster, "decode")
-        return tcp_received(decode, schedulers(self._cluster, "prefill"))
+        return tcp_received(decode, schedulers(self._cluster, "prefill"), IN_NAMESPACE if self._link else ())
 
     def _num_left(self) -> int:
         return self._a.num_requests() + self._d1.num_requests()
@@ -273,11 +277,14 @@ class Matrix:
         assert answers[0] == answers[1], "one rank and two do not answer alike"
         return answers[0]
 
-    def _is_right(self, prefill: Server, decode: Server) -> bool:
+    def _outcome(self, prefill: Server, decode: Server) -> str:
         pair = self._pair(prefill, decode, self._short, FEW)
         for half in pair:
             half.join(HANGS_AFTER_S)
-        return pair[0].outcome(self._wanted[SHORT, FEW]) == "right"
+        return pair[0].outcome(self._wanted[SHORT, FEW])
+
+    def _is_right(self, prefill: Server, decode: Server) -> bool:
+        return self._outcome(prefill, decode) == "right"
 
     def _is_right_by_router(self) -> bool:
         half = Half(self._cluster.url, body(self._short, FEW))
@@ -307,35 +314,11 @@ class Matrix:
         for server in self._servers:
             requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=10)
 
-    def _group(self, target: str) -> ProcessGroup:
-        return self._cluster.groups[("prefill", "decode", "router").index(target.rstrip("01"))]
 
-    def _processes(self, target: str) -> list[psutil.Process]:
-        if target == "router":
-            return psutil.Process(self._group(target).pid).children(recursive=True)
-        rank = int(target[-1]) if target[-1].isdigit() else 0
-        return [schedulers(self._cluster, target.rstrip("01"))[rank]]
-
-    def _bring_back(self, target: str, number: signal.Signals) -> None:
-        """Goes on with what was stopped, or starts what was killed on the same ports; what runs is left alone."""
-        if not self._is_struck:
-            return
-        self._is_struck = False
-        group = self._group(target)
-        if number is signal.SIGSTOP:
-            for process in self._processes(target):
-                os.kill(process.pid, signal.SIGCONT)
-        else:
-            group.stop()
-            group.start()
-            url = {"p": self._a.url, "d": self._d1.url, "r": self._cluster.url}[target[0]]
-            assert wait_for(partial(completes_chat if target == "router" else is_up, url), RESTART_S), group.log_tail()
-
-
-def _server(name: str, cluster: LocalCluster, offset: int) -> Server:
+def _server(name: str, cluster: LocalCluster, offset: int, host: str) -> Server:
     """LocalCluster's ports follow the router's: prefill, decode, bootstrap."""
     port = int(cluster.url.rpartition(":")[2])
-    return Server(name, f"http://{HOST}:{port + offset}", port + 3)
+    return Server(name, f"http://{host}:{port + offset}", port + 3, host)
 
 
 def _ended_badly(half: Half) -> bool:
@@ -358,11 +341,16 @@ def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]], until
     """Starts no case after `until`, a time of `monotonic`."""
     clusters = [_start(model, FIRST_PORT + 10 * i, folder / f"logs{i}", 2 - i) for i in range(2)]
     with ExitStack() as stack:
+        link = None
+        if any(fault == "CUT" for _, fault, _ in cells):
+            link = stack.enter_context(Link(DELAY_S, LOSS))
+            keys.create(folder, ["prefill", "decode"])
+            clusters = [spread(cluster, folder, decode_is_far=i == 0) for i, cluster in enumerate(clusters)]
         for cluster in clusters:
             stack.enter_context(cluster)
         for cluster in clusters:
             cluster.wait_ready(timeout=600)
-        matrix = Matrix(model, *clusters)
+        matrix = Matrix(model, *clusters, link)
         print(HEADER, flush=True)
         rows = []
         for cell in cells:
@@ -375,20 +363,18 @@ def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]], until
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--signals", nargs="+", choices=("STOP", "KILL"), default=("STOP", "KILL"))
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS[:2])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--within", type=float, default=7200, metavar="SECONDS", help="then no other case begins")
     args = parser.parse_args()
     before = shared_memory()
-    cells = [(target, name, stage) for name, stage, target in product(args.signals, args.stages, args.targets)]
+    cells = [(target, fault, stage) for fault, stage, target in product(args.faults, args.stages, args.targets)]
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.cut(Path(os.environ.get("SGLANG_APB_MODEL", ".demo/model")), NUM_LAYERS, Path(folder))
         rows = _run_all(model, Path(folder), cells, time.monotonic() + args.within)
     left = left_behind(before)
-    try:
-        check_ports({f"server {port}": port for port in range(FIRST_PORT, FIRST_PORT + 20)})
-    except CommandError as error:
-        left.append(str(error))
+    ports = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    left += [f"somebody listens on {port}" for port in sorted(ports & set(range(FIRST_PORT, FIRST_PORT + 20)))]
     num_failed = sum(bool(row.problems) for row in rows)
     print(f"{len(rows)} of {len(cells)} cases run, {num_failed} with a problem; left: {'; '.join(left) or 'nothing'}")
     return 1 if num_failed or left else 0

@@ -6,7 +6,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Server:
     name: str
     url: str
     bootstrap_port: int = 0
+    host: str = HOST
 
     def loads(self) -> dict[str, Any]:
         load: dict[str, Any] = requests.get(f"{self.url}/v1/loads", timeout=10).json()["loads"][0]
@@ -81,9 +82,10 @@ class Struck:
 class Innocents(threading.Thread):
     """One request after the other that has nothing to do with the struck process."""
 
-    def __init__(self, is_right: Callable[[], bool]) -> None:
+    def __init__(self, ask: Callable[[], str]) -> None:
+        """`ask` returns what came of it: "right", or else."""
         super().__init__(daemon=True)
-        self._is_right = is_right
+        self._ask = ask
         self._ending = threading.Event()
         self.num_right = 0
         self.problems: list[str] = []
@@ -91,10 +93,10 @@ class Innocents(threading.Thread):
 
     def run(self) -> None:
         while not self._ending.is_set():
-            if self._is_right():
+            if (outcome := self._ask()) == "right":
                 self.num_right += 1
             else:
-                self.problems.append("an innocent request got no right answer")
+                self.problems.append(f"an innocent request: {outcome[:300]}")
 
     def have_one_more(self) -> bool:
         before = self.num_right
@@ -109,7 +111,7 @@ def ask_half(
     server: Server, prefill: Server, prompt: list[int], num_tokens: int, room: int, rid: str | None = None
 ) -> Half:
     """`prefill` is who prefills: `server` or the one that sends to it."""
-    where = {"bootstrap_host": HOST, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": room}
+    where = {"bootstrap_host": prefill.host, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": room}
     return Half(server.url, body(prompt, num_tokens) | where | ({"rid": rid} if rid else {}))
 
 
@@ -124,10 +126,13 @@ def _listening(process: psutil.Process) -> list[int]:
     return [c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
 
 
-def tcp_received(process: psutil.Process, from_processes: list[psutil.Process]) -> int:
-    """Bytes over the connections that the process has now to what the others listen on, as the kernel counts them."""
+def tcp_received(process: psutil.Process, from_processes: list[psutil.Process], within: Sequence[str] = ()) -> int:
+    """Bytes over the connections that the process has now to what the others listen on, as the kernel counts them.
+
+    `within`: a command before that which asks, for a process in another network.
+    """
     from_ports = {port for other in from_processes for port in _listening(other)}
-    lines = subprocess.run(["ss", "-tinpHO"], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run([*within, "ss", "-tinpHO"], check=True, capture_output=True, text=True).stdout.splitlines()
     of_process = [line for line in lines if f"pid={process.pid}," in line]
     from_those = [line for line in of_process if int(line.split()[4].rpartition(":")[2]) in from_ports]
     return sum(int(number) for line in from_those for number in re.findall(r"bytes_received:(\d+)", line))

@@ -21,11 +21,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
 import tiny_models
 from asking import generate, prompts
+from striking import RESTART_S
 from test_server_shapes import several_servers
 from transfer_peers import wait_for
 
@@ -35,9 +37,10 @@ from sglang_apb.commands.servers import HOST, LocalService, is_up
 LENGTHS = (150, 300, 600, 900, 1300)
 NUM_AT_ONCE = 4
 HANGS_AFTER_S = 90.0
-RESTART_S = 240.0
 STOPPED_S = (1.0, 6.0)
 SHARE_KILLED = 0.3
+# Nobody tells prefill that a decode server is down, and the router waits for both, and asks again: not for 30 s each.
+CONTACT = ("--kv-transfer-config", '{"contact_seconds": 5}')
 SAMPLING = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
 
 
@@ -52,6 +55,7 @@ class Soak:
         self.outcomes: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.slowest_s = 0.0
 
     def run(self, num_requests: int, fault_every_s: float) -> None:
         self._wanted = [self._tokens(prompt) for prompt in self._asked]
@@ -71,10 +75,10 @@ class Soak:
 
     def _ask(self, number: int) -> None:
         which = number % len(self._asked)
-        body = {"input_ids": self._asked[which], "sampling_params": SAMPLING}
+        body = {"input_ids": self._asked[which], "sampling_params": SAMPLING, "rid": f"soak-{number}"}
         started = time.monotonic()
         try:
-            response = requests.post(f"{self._service.url}/generate", json=body, timeout=HANGS_AFTER_S)
+            response = self._post(body)
         except requests.Timeout:
             self.problems.append(f"request {number} has no answer after {HANGS_AFTER_S:.0f} s")
             self.outcomes["hung"] += 1
@@ -83,6 +87,7 @@ class Soak:
             self.problems.append(f"request {number}: the router did not answer: {error}")
             self.outcomes["no answer"] += 1
             return
+        self.slowest_s = max(self.slowest_s, time.monotonic() - started)
         if not response.ok:
             self.outcomes["failed"] += 1
             if self._last_fault < started - HANGS_AFTER_S:
@@ -92,6 +97,16 @@ class Soak:
             self.problems.append(f"request {number} got {response.json()['output_ids']}, not {self._wanted[which]}")
         else:
             self.outcomes["right"] += 1
+
+    def _post(self, body: dict[str, Any]) -> requests.Response:
+        """Asks again when the router has nobody to ask, as it says, and its clients are meant to."""
+        until = time.monotonic() + HANGS_AFTER_S
+        while True:
+            response = requests.post(f"{self._service.url}/generate", json=body, timeout=HANGS_AFTER_S)
+            if response.status_code != requests.codes.unavailable or time.monotonic() > until:
+                return response
+            self.outcomes["refused by the router and asked again"] += 1
+            time.sleep(1)
 
     def _strike_again_and_again(self, every_s: float) -> None:
         """At most one server is down at a time, and at most one other is stopped."""
@@ -191,11 +206,12 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--fault-every", type=float, default=3.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--log-dir", type=Path, help="keeps the servers' logs")
     args = parser.parse_args()
     started, before = time.monotonic(), shared_memory()
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_models.cut(args.model, 3, Path(folder))
-        service = several_servers(model, Path(folder) / "logs", 2, 2, "--enable-metrics")
+        service = several_servers(model, args.log_dir or Path(folder) / "logs", 2, 2, "--enable-metrics", *CONTACT)
         soak = Soak(service, prompts(model, LENGTHS), args.seed)
         with service:
             service.wait_ready(timeout=600)
@@ -205,6 +221,7 @@ def main() -> int:
     outcomes = ", ".join(f"{number} {what}" for what, number in soak.outcomes.most_common())
     faults = ", ".join(f"{number} times {what}" for what, number in sorted(soak.faults.items()))
     print(f"{args.requests} requests in {time.monotonic() - started:.0f} s: {outcomes}; {faults}")
+    print(f"slowest answer: {soak.slowest_s:.1f} s")
     for problem in soak.problems:
         print(problem, file=sys.stderr)
     return 1 if soak.problems else 0

@@ -8,6 +8,8 @@ import pytest
 
 from sglang_apb.transfer import lives
 from sglang_apb.transfer.lives import Lives, life_of
+from sglang_apb.transfer.loop import PING_MS, SILENCE_MS, WATCH_MS
+from sglang_apb.transfer.sending import PROBE_MS
 
 PEER = b"\1peer"
 
@@ -32,6 +34,12 @@ def test_a_peer_that_stops_in_its_first_second_is_silent(clock: Clock) -> None:
     assert not known.is_silent(PEER)
     clock.now += 0.2
     assert known.is_silent(PEER)
+
+
+def test_prefill_notices_within_the_promise_and_after_decode() -> None:
+    """Decode's last ping is up to PING_MS older than prefill's watch, and is given up PING_MS + SILENCE_MS later."""
+    assert WATCH_MS > PING_MS + PING_MS + SILENCE_MS
+    assert WATCH_MS + PROBE_MS < 5000
 
 
 def test_later_zmq_watches_and_a_busy_thread_is_not_taken_for_a_dead_one(clock: Clock) -> None:
