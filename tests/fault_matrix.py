@@ -39,7 +39,7 @@ from far_cluster import IN_NAMESPACE, spread
 from halves import Half, Innocents, Server, Struck, ask_half, body, tcp_received
 from lossy_link import HERE, THERE, Link
 from soak_servers import left_behind, shared_memory
-from striking import FAULTS, TARGETS, Striker
+from striking import CUT, FAULTS, KILL, STOP, TARGETS, Striker
 from test_server_faults import PROMISE_S, schedulers
 from transfer_peers import wait_for
 
@@ -177,7 +177,7 @@ class Matrix:
     def _check_router(self, row: Row, struck: Struck, fault: str, stage: str, started: float) -> None:
         """One that is stopped or cut off keeps its connections: what servers end, the client is told later."""
         left = 1 if stage == "waiting" else 0  # the hog
-        if fault == "KILL":
+        if fault == KILL:
             # A server counts anew with each batch: one more request makes it do so.
             gone = wait_for(lambda: self._is_right(self._a, self._d1) and self._num_left() <= left, CLIENT_GONE_S)
             if not gone:
@@ -200,7 +200,7 @@ class Matrix:
             row.own = "answered before"
             return
         row.own = own.outcome(struck.wanted)
-        stays_right = fault != "KILL" and (target == "router" or stage == "done")
+        stays_right = fault != KILL and (target == "router" or stage == "done")
         if row.own == "hangs" or (row.own == "right") != stays_right or row.own.startswith("wrong"):
             row.problems.append("the struck one's half did not end as it should")
 
@@ -342,7 +342,7 @@ def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]], until
     clusters = [_start(model, FIRST_PORT + 10 * i, folder / f"logs{i}", 2 - i) for i in range(2)]
     with ExitStack() as stack:
         link = None
-        if any(fault == "CUT" for _, fault, _ in cells):
+        if any(fault == CUT for _, fault, _ in cells):
             link = stack.enter_context(Link(DELAY_S, LOSS))
             keys.create(folder, ["prefill", "decode"])
             clusters = [spread(cluster, folder, decode_is_far=i == 0) for i, cluster in enumerate(clusters)]
@@ -363,7 +363,7 @@ def _run_all(model: Path, folder: Path, cells: list[tuple[str, str, str]], until
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS[:2])
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=(STOP, KILL))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--within", type=float, default=7200, metavar="SECONDS", help="then no other case begins")
     args = parser.parse_args()

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # Bounds what waits in this process for a slow decode server: about 12 MB of blocks each.
 SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
-PROBE_MS = 500
+PROBE_MS = 250
 MAX_FRAMES_A_TURN = 64
 
 
