@@ -49,6 +49,8 @@ def decode_side(num_frames: int, seed: int) -> Report:
         assert wait_for(lambda: room.state is not ReceiveState.RECEIVING), "a hostile request goes on for ever"
         assert room.state is ReceiveState.FAILED, "complete, although nothing right was sent"
         assert not any(rows(peers.aux, [0])), "a first token from nowhere"
+        # The room may have failed before that last frame came: the next one needs a connection of its own.
+        assert wait_for(lambda: prefill.address not in peers.receiver._peers), "a hostile rank's connection stays"
         peers.receiver.close(room)
 
     with cluster(tubes=Tubes()) as peers, FakePrefill() as prefill:

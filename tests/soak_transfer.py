@@ -237,7 +237,7 @@ class Soak:
     def _serve(self) -> None:
         next_fault = time.monotonic() + self._fault_every_s
         next_request = 0.0
-        while self.report.requests < self._num_requests or self._running:
+        while self.report.requests < self._num_requests or self._running or self._are_stopped():
             now = time.monotonic()
             may_ask = self.report.requests < self._num_requests and len(self._running) < NUM_AT_ONCE
             if may_ask and now >= next_request:
@@ -249,6 +249,9 @@ class Soak:
             self._continue(now)
             self._collect()
             self._check_for_hangs(time.monotonic())
+
+    def _are_stopped(self) -> bool:
+        return any(worker.stopped_until for worker in self._workers)
 
     def _ask(self) -> None:
         ranks, target = self._rng.sample(self._prefill, 2), self._rng.choice(self._decode)
@@ -325,7 +328,7 @@ class Soak:
             del self._running[room]
 
     def _check_for_hangs(self, now: float) -> None:
-        if any(worker.stopped_until for worker in self._workers):
+        if self._are_stopped():
             return
         for request in list(self._running.values()):
             if now - max(request.opened, request.struck or 0) > LIMIT_S:
