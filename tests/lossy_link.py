@@ -37,15 +37,22 @@ _MTU = "9000"  # so that a burst of KV is not more packets than this process can
 End: TypeAlias = tuple[str, int]
 
 
+def everything(ends: tuple[End, End]) -> bool:
+    return True
+
+
+def nothing(ends: tuple[End, End]) -> bool:
+    return False
+
+
 class Link:
-    """`delay_s` each way, and a share `loss` of all packets lost. With `is_cut`, nothing passes; else what `passes`
-    lets through, which is asked with both ends of each packet's connection.
+    """`delay_s` each way, and a share `loss` of all packets lost. Of the others those pass that `passes` lets through,
+    which is asked with both ends of a packet's connection.
     """
 
     def __init__(self, delay_s: float = 0.0, loss: float = 0.0, seed: int = 0) -> None:
         self.delay_s, self.loss = delay_s, loss
-        self.is_cut = False
-        self.passes: Callable[[tuple[End, End]], bool] = lambda ends: True
+        self.passes: Callable[[tuple[End, End]], bool] = everything
         self._random = random.Random(seed)
         self._ending = threading.Event()
 
@@ -85,7 +92,7 @@ class Link:
             wait = min(under_way[0][0] - now, 0.05) if under_way else 0.05
             for end in select.select(self._ends, [], [], max(wait, 0))[0]:
                 packet = os.read(end, _LARGEST_PACKET)
-                if self.is_cut or not self.passes(_ends_of(packet)) or self._random.random() < self.loss:
+                if not self.passes(_ends_of(packet)) or self._random.random() < self.loss:
                     continue
                 other = self._ends[1 - self._ends.index(end)]
                 heapq.heappush(under_way, (time.monotonic() + self.delay_s, next(numbers), other, packet))

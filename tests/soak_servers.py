@@ -28,6 +28,7 @@ import requests
 import tiny_models
 from asking import generate, prompts
 from striking import RESTART_S
+from test_server_faults import schedulers_of
 from test_server_shapes import several_servers
 from transfer_peers import wait_for
 
@@ -126,7 +127,7 @@ class Soak:
 
     def _stop_for_a_while(self, group: ProcessGroup) -> None:
         self.faults[f"{group.name} stopped"] += 1
-        stopped = _schedulers(group)
+        stopped = schedulers_of(group)
         for process in stopped:
             process.suspend()
         self._ending.wait(self._random.uniform(*STOPPED_S))
@@ -137,7 +138,7 @@ class Soak:
     def _kill_and_restart(self, group: ProcessGroup) -> None:
         whole = self._random.random() < 0.5
         self.faults[f"{group.name} {'killed' if whole else 'lost its scheduler'}"] += 1
-        for process in _processes(group) if whole else _schedulers(group):
+        for process in _processes(group) if whole else schedulers_of(group):
             process.kill()
         group.stop()
         group.start()
@@ -167,10 +168,6 @@ class Soak:
 def _processes(group: ProcessGroup) -> list[psutil.Process]:
     (server,) = psutil.Process(group.pid).children()
     return [server, *server.children(recursive=True)]
-
-
-def _schedulers(group: ProcessGroup) -> list[psutil.Process]:
-    return [process for process in _processes(group) if "scheduler" in " ".join(process.cmdline())]
 
 
 def _url(group: ProcessGroup) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 
 import psutil
 from far_cluster import ROUTERS
-from lossy_link import Link
+from lossy_link import Link, everything, nothing
 from test_server_faults import schedulers
 from transfer_peers import wait_for
 
@@ -42,7 +42,7 @@ class Striker:
         (target, fault), self._struck = self._struck, None
         if fault == CUT:
             assert self._link is not None
-            self._link.is_cut, self._link.passes = False, lambda ends: True
+            self._link.passes = everything
         elif fault == STOP:
             for process in self._processes(target):
                 process.send_signal(signal.SIGCONT)
@@ -53,7 +53,7 @@ class Striker:
         """For decode everything; for a prefill rank, what goes to or comes from where it listens."""
         assert self._link is not None
         if target == "decode":
-            self._link.is_cut = True
+            self._link.passes = nothing
         elif target == "router":
             self._link.passes = lambda ends: not any(host == ROUTERS for host, _ in ends)
         else:

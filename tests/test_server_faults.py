@@ -20,6 +20,7 @@ from asking import ALL_PASSED, GREEDY, Answer, assert_ran_sparse, assert_same_to
 from conftest import cluster, running, thorough
 from transfer_peers import wait_for
 
+from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import LocalCluster
 from sglang_apb.transfer import keys
 
@@ -35,6 +36,10 @@ def key_config(folder: Path, name: str) -> tuple[str, str]:
 def schedulers(service: LocalCluster, name: str) -> list[psutil.Process]:
     """The rank processes of a server, in the order of their ranks."""
     (group,) = [group for group in service.groups if group.name == f"{name} server"]
+    return schedulers_of(group)
+
+
+def schedulers_of(group: ProcessGroup) -> list[psutil.Process]:
     found = [
         p for p in psutil.Process(group.pid).children(recursive=True) if "sglang::scheduler" in p.name() + _title(p)
     ]

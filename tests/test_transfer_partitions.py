@@ -11,7 +11,7 @@ from typing import Any
 
 import lossy_link
 import pytest
-from lossy_link import HERE, Link
+from lossy_link import HERE, Link, everything, nothing
 from test_transfer_faults import IDS, PROMISE_S, child, never
 from transfer_peers import AUX_LENS, COMPAT, HEADS, make_pages, rows, wait_for
 
@@ -109,7 +109,7 @@ def test_a_cut_is_noticed_by_both_and_healed_without_a_restart(stage: str) -> No
             sender.send_pages(room, (0, 20), IDS.copy, [0])
             sender.send_pages(room, (0, 20), IDS.copy, [1], never)
             time.sleep(0.2)
-        link.is_cut = True
+        link.passes = nothing
         cut = time.monotonic()
         assert wait_for(lambda: room.state is SendState.FAILED, PROMISE_S)
         found = outcome(pipe)
@@ -117,7 +117,7 @@ def test_a_cut_is_noticed_by_both_and_healed_without_a_restart(stage: str) -> No
         assert found.state is ReceiveState.FAILED and "Lost the connection" in found.reason
         assert "Lost the connection" in room.reason
         sender.close(room)
-        link.is_cut = False
+        link.passes = everything
         check_is_served(sender, pipe, 3)
 
 
@@ -127,10 +127,10 @@ def test_a_short_cut_fails_nothing() -> None:
     with far_decode_server(link) as (sender, pipe):
         check_is_served(sender, pipe, 1)
         room = start(sender, pipe, 2)
-        link.is_cut = True
+        link.passes = nothing
         send_all(sender, room)
         time.sleep(0.7)
-        link.is_cut = False
+        link.passes = everything
         found = outcome(pipe)
         assert found.state is ReceiveState.COMPLETE, found.reason
         assert found.pages == rows(make_pages(POOL_SEED), IDS)

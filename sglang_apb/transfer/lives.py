@@ -1,6 +1,6 @@
 """Which decode servers are alive, as a prefill rank can tell: each has a connection for pings beside that for KV.
 
-ZMQ's own thread pings over it (`loop.ask_for_life`), from a second after it was made. Until then both sides' transfer
+ZMQ's own thread pings over it (`loop.ask_for_life`), from PING_MS after it was made. Until then both sides' transfer
 threads do, so that a server that is stopped in its first second is noticed, too.
 """
 
