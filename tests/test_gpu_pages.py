@@ -29,32 +29,40 @@ def side_of(buffers: list[torch.Tensor]) -> GpuSide:
     return GpuSide([buffer.data_ptr() for buffer in buffers], lens, HEADS, PAGE_SIZE)
 
 
-def view(place: object, num_pages: int, num_rows: int, length: int, memory: torch.Tensor) -> torch.Tensor:
-    """What a place names, of the tensor in which it lies."""
-    strides = (place.page_bytes, place.row_bytes, 1)
-    return memory.view(-1).as_strided((num_pages, num_rows, length), strides, place.address - memory.data_ptr())
+def views(
+    copy: PageCopy, end: slice, buffers: range, num_pages: tuple[int, int], memory: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What one end of a copy of `buffers` names, of the tensors in which it lies: (pages there, pages copied)."""
+    entries = copy.table[buffers.start : buffers.stop].tolist()
+    found = []
+    for entry, length, tensor in zip(entries, copy.lengths[buffers.start :], memory, strict=False):
+        address, before, page_bytes, row_bytes = entry[end]
+        offset = address - tensor.data_ptr() + num_pages[1] * (before - entries[0][end][1])
+        shape, strides = (num_pages[0], copy.num_rows, length), (page_bytes, row_bytes, 1)
+        found.append(tensor.view(-1).as_strided(shape, strides, offset))
+    return found
 
 
 @pytest.mark.parametrize("part", [HEADS, range(5, 7)], ids=str)
 def test_a_block_has_the_bytes_that_zmq_would_send(part: range) -> None:
-    buffers, ids, block = pool(), torch.tensor([5, 0, 3]), Block(1, 2, 0, 3)
+    buffers, ids, some = pool(), torch.tensor([5, 0, 3]), range(1, 3)
     side, packed = side_of(buffers), torch.zeros(10_000, dtype=torch.uint8)
-    num_rows = side.num_rows(part)
-    assert num_rows == (1 if part == HEADS else PAGE_SIZE)
-    lengths = side.row_lengths(part, num_rows)
-    places = side.places(part, num_rows)
-    targets = side.packed(part, block, packed.data_ptr())
+    copy = side.copy_of(part, packed.data_ptr(), torch.device("cpu"), to_pool=False)
+    assert copy.num_rows == (1 if part == HEADS else PAGE_SIZE)
+    source, target = slice(0, 4), slice(4, 8)
     copy_pages_reference(
-        [view(places[b], NUM_PAGES, num_rows, lengths[b], buffers[b]) for b in (1, 2)],
-        [view(targets[b - 1], 3, num_rows, lengths[b], packed) for b in (1, 2)],
+        views(copy, source, some, (NUM_PAGES, 3), buffers[1:3]),
+        views(copy, target, some, (3, 3), [packed, packed]),
         ids,
         torch.arange(3),
     )
     heads = slice(part.start - HEADS.start, part.stop - HEADS.start)
-    wanted = torch.cat([buffers[b][ids][:, :, heads].flatten() for b in (1, 2)])
+    wanted = torch.cat([buffers[b][ids][:, :, heads].flatten() for b in some])
     assert torch.equal(packed[: len(wanted)], wanted) and not packed[len(wanted) :].any()
-    copy = PageCopy.between(places[1:3], targets, num_rows, lengths[1:3], torch.device("cpu"))
-    assert copy.table.shape == (2, 7) and copy.lengths == tuple(lengths[1:3])
+    assert len(wanted) == 3 * sum(side.page_lens(part)[b] for b in some)
+    back = side.copy_of(part, packed.data_ptr(), torch.device("cpu"), to_pool=True)
+    assert torch.equal(back.table[:, source], copy.table[:, target])
+    assert torch.equal(back.table[:, target], copy.table[:, source])
 
 
 def test_what_lies_as_it_is_sent_is_not_gathered() -> None:

@@ -14,14 +14,15 @@ import pytest
 import torch
 from transfer_peers import AUX_LENS, make_pages, received, send_owned, wait_for
 
-from sglang_apb.transfer import planes
+from sglang_apb.transfer import nccl, planes
 from sglang_apb.transfer.compat import Compat
+from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.direct import Memory
-from sglang_apb.transfer.exchange import Meeting
+from sglang_apb.transfer.exchange import ExchangeError, Meeting
+from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.pages import CudaPages
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
@@ -30,13 +31,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NUM_LAYERS, NUM_PAGES, PAGE_SIZE, NUM_HEADS, HEAD_BYTES = 3, 20_000, 2, 4, 256
 HEAD_LENS = [PAGE_SIZE * HEAD_BYTES] * 2 * NUM_LAYERS
 COMPAT = Compat("Toy", "toy", "bfloat16", PAGE_SIZE, NUM_HEADS, HEAD_LENS, list(AUX_LENS))
-PLANES = pytest.mark.parametrize(
-    "plane",
-    [
-        "cuda_ipc",
-        pytest.param("nccl", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")),
-    ],
-)
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+PLANES = pytest.mark.parametrize("plane", ["cuda_ipc", pytest.param("nccl", marks=TWO_GPUS)])
 # A process that dies is noticed in less.
 PROMISE_S = 5.0
 
@@ -55,11 +51,13 @@ def gpu_pages(device: int, heads: range, seed: int | None) -> tuple[CudaPages, t
     return CudaPages(buffers, [PAGE_SIZE * len(heads) * HEAD_BYTES] * len(buffers)), pool
 
 
-def prefill(pipe: Connection, heads: range, repeats: int) -> None:
+def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True) -> None:
     """Serves room 1 with all pages, shuffled, each layer `repeats` times in a row of requests."""
     pages, _ = gpu_pages(0, heads, seed=5)
     sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *to_offer(pages, heads))
+    memory, meeting = to_offer(pages, heads)
+    offered = memory if is_mapped else None, meeting
+    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *offered)
     pipe.send(sender.port)
     for number in range(1, repeats + 1):
         room = sender.open(number)
@@ -74,7 +72,7 @@ def prefill(pipe: Connection, heads: range, repeats: int) -> None:
 
 def to_offer(pages: CudaPages, heads: range) -> tuple[Memory | None, Meeting | None]:
     memory = planes.memory_to_offer(pages, heads, "auto")
-    return memory, planes.meeting(pages, heads, PAGE_SIZE, "auto", has_keys=False)
+    return memory, planes.meeting(pages, heads, PAGE_SIZE, TransferConfig())
 
 
 @contextlib.contextmanager
@@ -92,7 +90,7 @@ def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
 
 
 def receiver_of(pages: CudaPages, heads: range, plane: str) -> ReceivingEndpoint:
-    ways = planes.ways(pages, heads, PAGE_SIZE, plane, has_keys=False)
+    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane))
     receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, ways=ways)
     receiver.start()
     return receiver
@@ -126,6 +124,42 @@ def test_a_gpu_gets_the_other_processs_pages(plane: str, theirs: range, ours: ra
             assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, source])
     finally:
         receiver.stop()
+
+
+@TWO_GPUS
+def test_auto_takes_nccl_where_a_pool_cannot_be_read() -> None:
+    """As of a prefill rank on another machine."""
+    heads = range(NUM_HEADS)
+    pages, pool = gpu_pages(1, heads, seed=None)
+    receiver = receiver_of(pages, heads, "auto")
+    try:
+        with process(prefill, heads, 1, False) as (pipe, _):
+            address = ("127.0.0.1", pipe.recv(), "")
+            receiver.expect(1, [address], lambda reason: None)
+            until_found(receiver)
+            decode = receiver.open(1, [address], np.arange(NUM_PAGES), 3)
+            assert received(decode, 60), decode.reason
+            assert decode.data_plane == "nccl" and float(pool.float().mean()) > 0
+    finally:
+        receiver.stop()
+
+
+def test_nccl_needs_to_be_named_where_there_are_keys() -> None:
+    pages, _ = gpu_pages(0, range(NUM_HEADS), seed=None)
+    keys = {"secret_key": "prefill0.key_secret", "peers": "peers"}
+    for plane, more, is_possible in (("auto", {}, True), ("auto", keys, False), ("nccl", keys, True)):
+        config = TransferConfig(data_plane=plane, **more)
+        assert (planes.meeting(pages, range(NUM_HEADS), PAGE_SIZE, config) is not None) == is_possible
+        ways = planes.ways(pages, range(NUM_HEADS), PAGE_SIZE, config)
+        assert (ways.meeting is not None) == is_possible and ways.zmq_too == (plane == "auto")
+
+
+def test_no_channel_takes_the_memory_that_prefill_or_decode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    with pytest.raises(
+        ExchangeError, match="4 MB of GPU memory, and of 1024 MB that are free 1024 are to stay so: lower"
+    ):
+        nccl._allocate_slots(1 << 20, torch.device("cuda", 0))
 
 
 @PLANES

@@ -1,11 +1,18 @@
-"""The kernels that move KV pages against their torch references. As in test_kernels.py, which interprets this file."""
+"""The kernel that copies KV pages against its torch reference. As in test_kernels.py, which interprets this file."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from sglang_apb.kernels import page_copy, pages
+from sglang_apb.kernels.page_copy import (
+    TILE_BYTES,
+    PageCopy,
+    PagePlace,
+    copy_pages_reference,
+    copy_pages_triton,
+    in_one_piece,
+)
 from test_kernels import on_device
 
 from sglang_apb.transfer.pages import HostPages
@@ -15,93 +22,86 @@ PAGE_SIZES = {
     "2-byte words": [6, 6],
     "different sizes": [48, 160, 16],
     "one odd size": [48, 50],
-    "several columns": [pages.TILE_BYTES + 32],
-    "several columns, narrow": [pages.TILE_BYTES + 2],
+    "several columns": [TILE_BYTES + 32],
+    "several columns, narrow": [TILE_BYTES + 2],
 }
 NUM_PAGES = 9
 
 
-def random_pool(sizes: list[int], device: str = "cpu") -> pages.PageBuffers:
+def random_pool(sizes: list[int], device: str = "cpu") -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
     drawn = [torch.randint(256, (NUM_PAGES, size), generator=generator, dtype=torch.uint8) for size in sizes]
-    return pages.PageBuffers.of([buffer.to(device) for buffer in drawn])
+    return [buffer.to(device) for buffer in drawn]
 
 
-def payload_of(pool: pages.PageBuffers, num_ids: int) -> torch.Tensor:
-    return torch.zeros(num_ids * sum(pool.item_lens), dtype=torch.uint8, device=pool.table.device)
+class TestInOnePiece:
+    """A pool's pages to one piece of memory and back."""
 
-
-class TestPages:
-    def test_reference_is_the_transfers(self) -> None:
-        sizes, ids = [48, 160, 16], torch.tensor([7, 0, 3])
-        pool = random_pool(sizes)
-        host = HostPages([buffer.flatten().numpy() for buffer in pool.buffers], sizes)
-        payload = payload_of(pool.part(1, 2), 3)
-        pages.gather_pages_reference(pool.part(1, 2), ids, payload)
-        assert np.array_equal(payload.numpy(), host.gather(1, 2, ids.numpy()))
-        pages.scatter_pages_reference(pool.part(1, 2), ids + 1, payload)
-        assert torch.equal(pool.buffers[2][[8, 1, 4]].flatten(), payload[3 * 160 :])
+    def copies(self, pool: list[torch.Tensor], piece: torch.Tensor) -> tuple[PageCopy, PageCopy]:
+        lengths = [buffer.shape[1] for buffer in pool]
+        places = [PagePlace(buffer.data_ptr(), size, size) for buffer, size in zip(pool, lengths, strict=True)]
+        ends = places, in_one_piece(piece.data_ptr(), 1, lengths)
+        return tuple(PageCopy.between(*each, 1, lengths, piece.device) for each in (ends, ends[::-1]))
 
     @on_device
     @pytest.mark.parametrize("sizes", PAGE_SIZES.values(), ids=PAGE_SIZES)
     @pytest.mark.parametrize("ids", [[], [3], [8, 0, 5, 1]], ids=str)
-    def test_kernel(self, device: str, sizes: list[int], ids: list[int]) -> None:
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_kernel(self, device: str, sizes: list[int], ids: list[int], first: int) -> None:
+        if first >= len(sizes):
+            pytest.skip("one buffer")
         here, there = random_pool(sizes), random_pool(sizes, device)
-        index = torch.tensor(ids, dtype=torch.int64)
-        wanted, found = payload_of(here, len(ids)), payload_of(there, len(ids))
-        pages.gather_pages_reference(here, index, wanted)
-        pages.gather_pages_triton(there, index.to(device), found)
-        assert torch.equal(found.cpu(), wanted)
-        pages.scatter_pages_reference(here, (index + 1) % NUM_PAGES, wanted)
-        pages.scatter_pages_triton(there, ((index + 1) % NUM_PAGES).to(device), found)
-        for buffer, other in zip(here.buffers, there.buffers, strict=True):
+        host = HostPages([buffer.flatten().numpy() for buffer in here], sizes)
+        num_buffers = len(sizes) - first
+        wanted = host.gather(first, num_buffers, np.array(ids, np.int64)) if ids else np.zeros(0, np.uint8)
+        piece = torch.zeros(len(wanted) + 2, dtype=torch.uint8, device=device)
+        from_pool, to_pool = self.copies(there, piece)
+        index, in_order = torch.tensor(ids, dtype=torch.int64, device=device), torch.arange(len(ids), device=device)
+        copy_pages_triton(from_pool, first, num_buffers, index, in_order)
+        assert np.array_equal(piece[:-2].cpu().numpy(), wanted) and not piece[-2:].any()
+        copy_pages_triton(to_pool, first, num_buffers, in_order, (index + 1) % NUM_PAGES)
+        if ids:
+            host.scatter(first, num_buffers, (np.array(ids) + 1) % NUM_PAGES, wanted.data)
+        for buffer, other in zip(here, there, strict=True):
             assert torch.equal(other.cpu(), buffer)
 
     @on_device
-    def test_payload_that_is_not_aligned_and_part_of_a_pool(self, device: str) -> None:
-        here, there = random_pool([48, 160, 16]).part(1, 2), random_pool([48, 160, 16], device).part(1, 2)
-        ids = torch.tensor([2, 6])
-        wanted, found = payload_of(here, 2), torch.zeros(2 * 176 + 2, dtype=torch.uint8, device=device)[2:]
-        pages.gather_pages_reference(here, ids, wanted)
-        pages.gather_pages_triton(there, ids.to(device), found)
-        assert torch.equal(found.cpu(), wanted)
+    def test_memory_that_is_not_aligned(self, device: str) -> None:
+        pool = random_pool([48, 160, 16], device)
+        memory = torch.zeros(2 * 176 + 2, dtype=torch.uint8, device=device)
+        from_pool, _ = self.copies(pool, memory[2:])
+        copy_pages_triton(from_pool, 1, 2, torch.tensor([2, 6], device=device), torch.arange(2, device=device))
+        assert torch.equal(memory[2:], torch.cat([buffer[[2, 6]].flatten() for buffer in pool[1:]]))
 
     @on_device
     def test_another_order_of_pages_is_noticed(self, device: str) -> None:
-        here, there = random_pool([64, 64]), random_pool([64, 64], device)
-        wanted, found = payload_of(here, 2), payload_of(there, 2)
-        pages.gather_pages_reference(here, torch.tensor([1, 2]), wanted)
-        pages.gather_pages_triton(there, torch.tensor([2, 1], device=device), found)
-        assert not torch.equal(found.cpu(), wanted)
-
-    def test_pages_and_payloads_that_do_not_fit_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="even size"):
-            random_pool([7])
-        pool = random_pool([8])
-        with pytest.raises(ValueError, match="2 pages of 8 bytes do not fill 8 bytes"):
-            pages.gather_pages_triton(pool, torch.tensor([0, 1]), payload_of(pool, 1))
+        pool = random_pool([64, 64], device)
+        piece = torch.zeros(256, dtype=torch.uint8, device=device)
+        from_pool, _ = self.copies(pool, piece)
+        copy_pages_triton(from_pool, 0, 2, torch.tensor([2, 1], device=device), torch.arange(2, device=device))
+        assert not torch.equal(piece, torch.cat([buffer[[1, 2]].flatten() for buffer in pool]))
 
 
-class TestPageCopy:
+class TestBetweenPools:
     """Between pools whose pages have some heads in common: as views, [pages, rows, bytes of these heads]."""
 
-    def views(self, pool: pages.PageBuffers, num_rows: int, first: int, length: int) -> list[torch.Tensor]:
-        return [buffer.view(NUM_PAGES, num_rows, -1)[:, :, first : first + length] for buffer in pool.buffers]
+    def views(self, pool: list[torch.Tensor], num_rows: int, first: int, length: int) -> list[torch.Tensor]:
+        return [buffer.view(NUM_PAGES, num_rows, -1)[:, :, first : first + length] for buffer in pool]
 
-    def copy(self, sources: list[torch.Tensor], targets: list[torch.Tensor], length: int) -> page_copy.PageCopy:
+    def copy(self, sources: list[torch.Tensor], targets: list[torch.Tensor], length: int) -> PageCopy:
         places = [
-            [page_copy.PagePlace(view.data_ptr(), view.stride(0), view.stride(1)) for view in views]
+            [PagePlace(view.data_ptr(), view.stride(0), view.stride(1)) for view in views]
             for views in (sources, targets)
         ]
         lengths = [length] * len(sources)
-        return page_copy.PageCopy.between(*places, sources[0].shape[1], lengths, sources[0].device)
+        return PageCopy.between(*places, sources[0].shape[1], lengths, sources[0].device)
 
     @on_device
     @pytest.mark.parametrize(
         ("rows", "of_source", "of_target", "length"),
         [
             *((1, (64, 0), (64, 0), 64), (3, (64, 32), (32, 0), 32), (2, (48, 16), (96, 64), 16)),
-            *((3, (6, 2), (4, 0), 4), (1, (page_copy.TILE_BYTES + 32, 16), (page_copy.TILE_BYTES + 32, 0), 16400)),
+            *((3, (6, 2), (4, 0), 4), (1, (TILE_BYTES + 32, 16), (TILE_BYTES + 32, 0), 16400)),
         ],
     )
     @pytest.mark.parametrize("ids", [[], [3], [8, 0, 5, 1]], ids=str)
@@ -117,21 +117,19 @@ class TestPageCopy:
         source = random_pool([rows * of_source[0]] * 3, device)
         found, wanted = (random_pool([rows * of_target[0]] * 3, device) for _ in range(2))
         for pool in (found, wanted):
-            for buffer in pool.buffers:
+            for buffer in pool:
                 buffer.zero_()
         from_ids = torch.tensor(ids, dtype=torch.int64, device=device)
         to_ids = (from_ids + 1) % NUM_PAGES
         sources = self.views(source, rows, of_source[1], length)
-        page_copy.copy_pages_reference(
-            sources[1:], self.views(wanted, rows, of_target[1], length)[1:], from_ids, to_ids
-        )
+        copy_pages_reference(sources[1:], self.views(wanted, rows, of_target[1], length)[1:], from_ids, to_ids)
         copy = self.copy(sources, self.views(found, rows, of_target[1], length), length)
-        page_copy.copy_pages_triton(copy, 1, 2, from_ids, to_ids)
-        for a, b in zip(found.buffers, wanted.buffers, strict=True):
+        copy_pages_triton(copy, 1, 2, from_ids, to_ids)
+        for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b)
-        assert bool(ids) == any(buffer.any() for buffer in found.buffers)
+        assert bool(ids) == any(buffer.any() for buffer in found)
 
     def test_places_of_an_odd_size_are_refused(self) -> None:
-        place = page_copy.PagePlace(0, 9, 3)
+        place = PagePlace(0, 9, 3)
         with pytest.raises(ValueError, match="odd size"):
-            page_copy.PageCopy.between([place], [place], 3, [3], torch.device("cpu"))
+            PageCopy.between([place], [place], 3, [3], torch.device("cpu"))

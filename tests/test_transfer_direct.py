@@ -281,12 +281,12 @@ def test_settings() -> None:
     side = POOL, range(1)
     for plane in ("auto", "zmq"):
         assert planes.memory_to_offer(*side, plane) is None
-        assert planes.meeting(*side, 1, plane, has_keys=False) is None
-        assert planes.ways(*side, 1, plane, has_keys=False) == Ways()
+        assert planes.meeting(*side, 1, TransferConfig(data_plane=plane)) is None
+        assert planes.ways(*side, 1, TransferConfig(data_plane=plane)) == Ways()
     for plane in ("cuda_ipc", "nccl"):
         with pytest.raises(ValueError, match=f"data_plane '{plane}' .*KV is not in GPU memory"):
-            planes.ways(*side, 1, plane, has_keys=False)
+            planes.ways(*side, 1, TransferConfig(data_plane=plane))
     with pytest.raises(ValueError, match="KV is not in GPU memory"):
         planes.memory_to_offer(*side, "cuda_ipc")
     with pytest.raises(ValueError, match="KV is not in GPU memory"):
-        planes.meeting(*side, 1, "nccl", has_keys=True)
+        planes.meeting(*side, 1, TransferConfig(data_plane="nccl", secret_key="a", peers="b"))

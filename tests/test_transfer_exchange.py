@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transfer_peers import ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
-from sglang_apb.transfer import blocks, exchange, wire
+from sglang_apb.transfer import exchange, ways, wire
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
@@ -33,13 +33,17 @@ def connect(peers: Cluster) -> None:
 
 
 @pytest.mark.parametrize("num_ranks", OWNED)
-@pytest.mark.parametrize("block_bytes", [exchange.SLOT_BYTES, 3000])
-def test_blocks_are_fetched(num_ranks: int, block_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several requests at once, in fewer slots than they have blocks."""
-    monkeypatch.setattr(blocks, "SLOT_BYTES", block_bytes)
+@pytest.mark.parametrize("sizes", [{}, {"decode's": 3000}, {"prefill's": 3000}], ids=str)
+def test_blocks_are_fetched(num_ranks: int, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several requests at once, in fewer slots than they have blocks; the smaller side's size counts."""
+    monkeypatch.setattr(exchange, "MIN_SLOT_BYTES", 3000)
+    monkeypatch.setattr(ways, "MIN_SLOT_BYTES", 3000)
     rng = np.random.default_rng(num_ranks)
-    with cluster(num_ranks, tubes=Tubes()) as peers:
+    tubes = Tubes()
+    tubes.slot_bytes = sizes
+    with cluster(num_ranks, tubes=tubes) as peers:
         connect(peers)
+        assert {end.slot_bytes for end in tubes.ends} == {min(sizes.values(), default=1 << 26)}
         targets = rng.permutation(500)[:360].reshape(3, 120).astype(np.int64)
         source = rng.permutation(500)[:120].astype(np.int64)
         decodes = [peers.ask(number, target) for number, target in enumerate(targets)]
@@ -198,10 +202,12 @@ def test_where_there_is_no_channel_pages_are_sent(zmq_too: bool, monkeypatch: py
 def test_channels_that_are_never_met_are_of_bounded_number() -> None:
     said: list[Join] = []
     never = threading.Event()
-    meeting = Meeting("prefill's", lambda: b"id", lambda unique_id: never.wait(10), lambda unique_id: None)  # type: ignore[arg-type,return-value]
-    ends = PrefillEnds(meeting, lambda command: None, lambda name, join: said.append(join))
+    meeting = Meeting("prefill's", lambda: b"id", lambda *_: never.wait(10), lambda *_: None, 1 << 30)  # type: ignore[arg-type,return-value]
+    ends = PrefillEnds(meeting, lambda command: None, lambda name, join: said.append(join), lambda name, reason: None)
+    ends.join(b"small", Join(gpu="decode's", slot_bytes=exchange.MIN_SLOT_BYTES - 1))
+    assert f"are less than {exchange.MIN_SLOT_BYTES}" in said.pop().reason
     for number in range(exchange.MAX_MAKING + 1):
-        ends.join(str(number).encode(), Join(gpu="decode's"))
+        ends.join(str(number).encode(), Join(gpu="decode's", slot_bytes=exchange.MIN_SLOT_BYTES))
     never.set()
     assert [join.reason for join in said] == [f"{exchange.MAX_MAKING} channels are being made already"]
 

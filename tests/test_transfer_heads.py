@@ -13,7 +13,8 @@ import torch
 from transfer_peers import AUX_LENS, COMPAT, make_pages, received, wait_for
 
 from sglang_apb.transfer.fan_out import FanOut
-from sglang_apb.transfer.heads import HeadPages, Shares, heads_of, overlap
+from sglang_apb.transfer.gpu_pages import open_pool
+from sglang_apb.transfer.heads import PagesByHeads, Shares, heads_of, overlap
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.outbox import SendState
@@ -102,7 +103,8 @@ def test_pages_of_some_heads(device: str, part: range) -> None:
     model, ids = make_model(1), np.random.default_rng(2).permutation(NUM_PAGES)[:7].astype(np.int64)
     buffers = [torch.from_numpy(buffer.copy()).flatten().to(device) for buffer in model]
     item_lens = [buffer[0].nbytes for buffer in model]
-    pages = HeadPages(buffers, item_lens, PAGE_SIZE, NUM_HEADS, part)
+    whole = open_pool(buffers, [len(buffer) for buffer in buffers], item_lens)
+    pages = PagesByHeads(whole, range(4, 4 + NUM_HEADS), PAGE_SIZE).of(range(4 + part.start, 4 + part.stop))
     assert pages.item_lens == tuple(PAGE_SIZE * len(part) * size for size in HEAD_BYTES)
     cut = [buffer[:, :, part.start : part.stop] for buffer in model]
     assert pages.gather(1, 2, ids).tobytes() == b"".join(buffer[ids].tobytes() for buffer in cut[1:3])

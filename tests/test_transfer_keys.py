@@ -194,6 +194,8 @@ def test_settings_that_cannot_work_are_refused(folder: Path) -> None:
         ({"secret_key": 1, "peers": peers}, "must be a path"),
         ({"allow_unencrypted": "yes"}, "must be true or false"),
         ({"contact_seconds": 0}, "above 0, not 0"),
+        ({"nccl_buffer_mb": 8}, "whole number from 16 to 16384, not 8"),
+        ({"nccl_buffer_mb": 64.5}, "not 64.5"),
     ):
         with pytest.raises(ConfigError, match=told):
             TransferConfig(**values)

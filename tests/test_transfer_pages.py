@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_apb.transfer.pages import BLOCK_BYTES, Pages, open_host_memory, open_pool, plan_blocks
+from sglang_apb.transfer.gpu_pages import open_pool
+from sglang_apb.transfer.pages import BLOCK_BYTES, Pages, open_host_memory, plan_blocks
 
 PAGE_SIZE, NUM_PAGES, NUM_HEADS = 16, 300, 3
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from sglang_apb.transfer import exchange, ownership, wire
+from sglang_apb.transfer import ownership, wire
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.direct import DirectError, Memory
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, Ticket
@@ -122,10 +122,11 @@ class Tubes:
         self.ends: list[_TubeEnd] = []
         self.before_arrival: Callable[[], bool] = lambda: True
         self.before_send: Callable[[], None] = lambda: None
+        self.slot_bytes: dict[str, int] = {}  # of the side with that GPU
 
     def meeting(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> Meeting:
         make = partial(_TubeEnd, self, pages=pages, heads=heads, page_size=page_size)
-        return Meeting(gpu, self._new_id, make, make)
+        return Meeting(gpu, self._new_id, make, make, self.slot_bytes.get(gpu, 1 << 26))
 
     def _new_id(self) -> bytes:
         unique_id = str(next(self._ids)).encode()
@@ -134,17 +135,26 @@ class Tubes:
 
 
 class _TubeEnd:
-    def __init__(self, tubes: Tubes, unique_id: bytes, pages: HostPages, heads: range, page_size: int) -> None:
+    def __init__(
+        self,
+        tubes: Tubes,
+        unique_id: bytes,
+        slot_bytes: int,
+        tell: Callable[..., None],  # sender: on_error, receiver: wake
+        pages: HostPages,
+        heads: range,
+        page_size: int,
+    ) -> None:
         if unique_id not in tubes._posted:
             raise ExchangeError("nobody is there")
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts = PagesByHeads(pages, heads, page_size)
         self._slots: dict[int, bytearray] = {}
+        self._tell, self.slot_bytes = tell, slot_bytes
         self.is_closed = False
         tubes.ends.append(self)
 
     def send(self, part: range, block: wire.Block, ids: np.ndarray) -> None:
-        self._tubes.before_send()
         payload = self._parts.of(part).gather(block.first_buffer, block.num_buffers, ids)
         self._fill(payload.tobytes())
 
@@ -152,14 +162,19 @@ class _TubeEnd:
         self._fill(bytes(num_bytes))
 
     def _fill(self, payload: bytes) -> None:
-        if not self._posted:  # it would hold a GPU up
-            raise ExchangeError("nobody waits for a block")
+        try:
+            self._tubes.before_send()
+            if not self._posted:  # it would hold a GPU up
+                raise ExchangeError("nobody waits for a block")
+        except Exception as error:
+            self._tell(str(error))
+            return
         num_bytes, slot = self._posted.popleft()
         assert len(payload) == num_bytes and not slot
         slot += payload
 
     def post(self, slot: int, num_bytes: int) -> Ticket:
-        assert num_bytes <= exchange.SLOT_BYTES
+        assert num_bytes <= self.slot_bytes
         target = self._slots[slot] = bytearray()
         self._posted.append((num_bytes, target))
         return lambda: len(target) == num_bytes and self._tubes.before_arrival()

@@ -1,9 +1,14 @@
-"""Pages from one KV pool to another, which may be on another GPU or in another process, all buffers in one launch.
+"""Pages of a KV pool to another one, which may be on another GPU or in another process, or to one contiguous piece of
+memory and back, all buffers in one launch.
 
 A page is rows of equal length: one where all of it is copied, one a token where some of its heads are.
 
     page of the source, 4 heads    |h0 h1 h2 h3|h0 h1 h2 h3|      row_bytes: from token to token
     page of the target, 2 heads    |h2 h3|h2 h3|                  length: of two heads
+
+In one piece, the pages of a buffer follow those of the buffer before:
+
+    n pages of 3 buffers           |n * k0|n * v0|n * k1|         bytes_before: 0, k0, k0 + v0
 """
 
 from __future__ import annotations
@@ -21,19 +26,36 @@ WIDE = 16  # bytes that one thread moves at a time, if all numbers allow
 
 @dataclass(frozen=True)
 class PagePlace:
-    """One buffer: row r of page p begins at `address + p * page_bytes + r * row_bytes`."""
+    """One buffer: row r of page p begins at `address + p * page_bytes + r * row_bytes`.
+
+    When n pages are copied at once, it lies n times `bytes_before` further, counted from the first buffer of them.
+    """
 
     address: int
     page_bytes: int
     row_bytes: int
+    bytes_before: int = 0
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int]:
+        return self.address, self.bytes_before, self.page_bytes, self.row_bytes
+
+
+def in_one_piece(address: int, num_rows: int, lengths: Sequence[int]) -> list[PagePlace]:
+    """Places of buffers whose pages, `num_rows` rows of lengths[b] bytes each, lie one after the other."""
+    places, before = [], 0
+    for length in lengths:
+        places.append(PagePlace(address, num_rows * length, length, before))
+        before += num_rows * length
+    return places
 
 
 @dataclass(frozen=True)
 class PageCopy:
     """From where to where, for each buffer; made once for two pools.
 
-    `table` is what the kernel reads, int64 [num_buffers, 7] on the GPU that runs it: source's address, page_bytes and
-    row_bytes, the target's, and bytes of a row. `num_rows` are a page's.
+    `table` is what the kernel reads, int64 [num_buffers, 9] on the GPU that runs it: address, bytes_before, page_bytes
+    and row_bytes of the source, the same of the target, and bytes of a row. `num_rows` are a page's.
     """
 
     table: torch.Tensor
@@ -51,10 +73,7 @@ class PageCopy:
         device: torch.device,
     ) -> PageCopy:
         """Raises ValueError when a place or length is not a multiple of 2 bytes."""
-        rows = [
-            (*(s.address, s.page_bytes, s.row_bytes), *(t.address, t.page_bytes, t.row_bytes), length)
-            for s, t, length in zip(sources, targets, lengths, strict=True)
-        ]
+        rows = [(*s.numbers, *t.numbers, length) for s, t, length in zip(sources, targets, lengths, strict=True)]
         numbers = [number for row in rows for number in row]
         if any(number % 2 for number in numbers):
             raise ValueError(f"pages of an odd size or place cannot be copied: {rows}")
@@ -114,27 +133,29 @@ def _copy_kernel(
     WORDS: tl.constexpr,
 ):
     """ROWS rows of one buffer, WORDS words of each. All sizes are multiples of VECTOR words."""
-    entry = table + tl.program_id(1) * 7
+    entry = table + tl.program_id(1) * 9
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     row = (tl.program_id(0) // num_columns) * ROWS + tl.arange(0, ROWS)
     word = (tl.program_id(0) % num_columns) * WORDS + tl.arange(0, WORDS)
     is_row = row < num_rows
     row_in_page = row % rows_of_page
-    row_words = tl.multiple_of(tl.load(entry + 6) // word_bytes, VECTOR)
+    row_words = tl.multiple_of(tl.load(entry + 8) // word_bytes, VECTOR)
     mask = is_row[:, None] & (word < row_words)[None, :]
 
     source_page = tl.load(source_ids + row // rows_of_page, mask=is_row, other=0)
     target_page = tl.load(target_ids + row // rows_of_page, mask=is_row, other=0)
-    source = _starts(entry, source_page, row_in_page, WORD, VECTOR)
-    target = _starts(entry + 3, target_page, row_in_page, WORD, VECTOR)
+    num_pages = num_rows // rows_of_page
+    source = _starts(table, entry, num_pages, source_page, row_in_page, WORD, VECTOR)
+    target = _starts(table + 4, entry + 4, num_pages, target_page, row_in_page, WORD, VECTOR)
     tl.store(target[:, None] + word[None, :], tl.load(source[:, None] + word[None, :], mask=mask), mask=mask)
 
 
 @triton.jit
-def _starts(entry, page, row_in_page, WORD: tl.constexpr, VECTOR: tl.constexpr):
-    """Pointers to the rows' first words."""
+def _starts(first, entry, num_pages, page, row_in_page, WORD: tl.constexpr, VECTOR: tl.constexpr):
+    """Pointers to the rows' first words. `first` is the entry of the first buffer of this call."""
     word_bytes: tl.constexpr = WORD.primitive_bitwidth // 8
     base = tl.multiple_of(tl.load(entry).to(tl.pointer_type(WORD)), VECTOR * word_bytes)
-    page_words = tl.multiple_of(tl.load(entry + 1) // word_bytes, VECTOR)
-    row_words = tl.multiple_of(tl.load(entry + 2) // word_bytes, VECTOR)
-    return base + page * page_words + row_in_page * row_words
+    words_before = tl.multiple_of((tl.load(entry + 1) - tl.load(first + 1)) // word_bytes, VECTOR)
+    page_words = tl.multiple_of(tl.load(entry + 2) // word_bytes, VECTOR)
+    row_words = tl.multiple_of(tl.load(entry + 3) // word_bytes, VECTOR)
+    return base + num_pages * words_before + page * page_words + row_in_page * row_words

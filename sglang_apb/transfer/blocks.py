@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sglang_apb.transfer import wire
-from sglang_apb.transfer.exchange import SLOT_BYTES
 from sglang_apb.transfer.outbox import Frames, SendRoom
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import BLOCK_BYTES, OFFER_BYTES, Pages, plan_blocks
@@ -31,9 +30,9 @@ def offered(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: 
         yield wire.pack(Kind.OFFER, room.room, room.attempt, block.pack(), payload, room.asker)
 
 
-def fetched(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: PageIds) -> Frames:
+def fetched(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: PageIds, slot_bytes: int) -> Frames:
     """The same for a decode rank to which there is a channel. The room keeps what is to be sent."""
-    for block, ids_of_block in _cut(pool.item_lens, buffers, pages, ids, SLOT_BYTES):
+    for block, ids_of_block in _cut(pool.item_lens, buffers, pages, ids, slot_bytes):
         room.is_offered = True
         room.unfetched[block] = ids_of_block
         room.num_bytes += wire.block_bytes(block, pool.item_lens)

@@ -23,8 +23,12 @@ class TransferConfig:
     data_plane: str = setting(
         AUTO,
         "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
-        "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted: by name only), or auto, "
-        "cuda_ipc where it works and else zmq",
+        "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted), or auto: the first of "
+        "cuda_ipc, nccl (where there are no keys) and zmq that works",
+    )
+    nccl_buffer_mb: int = setting(
+        256,
+        "GPU memory on either side for each pair of ranks with nccl, the smaller counts; over NVLink more is faster",
     )
     contact_seconds: float = setting(
         30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"
@@ -42,5 +46,9 @@ class TransferConfig:
         seconds = self.contact_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise ConfigError(f"contact_seconds of {OPTION} must be a number of seconds above 0, not {seconds!r}")
+        if not isinstance(self.nccl_buffer_mb, int) or not 16 <= self.nccl_buffer_mb <= 1 << 14:
+            raise ConfigError(
+                f"nccl_buffer_mb of {OPTION} must be a whole number from 16 to {1 << 14}, not {self.nccl_buffer_mb!r}"
+            )
         if (self.secret_key is None) != (self.peers is None):
             raise ConfigError(f"{OPTION} needs secret_key and peers together: one says who this server is, one whom it")

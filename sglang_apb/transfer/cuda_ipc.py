@@ -15,9 +15,8 @@ import torch
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, Memory
-from sglang_apb.transfer.gpu_pages import GpuSide, UploadedIds
+from sglang_apb.transfer.gpu_pages import CudaPages, GpuSide, UploadedIds
 from sglang_apb.transfer.heads import overlap
-from sglang_apb.transfer.pages import CudaPages
 from sglang_apb.transfer.wire import Block, PageIds
 
 

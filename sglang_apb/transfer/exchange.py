@@ -1,6 +1,6 @@
 """Blocks that are fetched: over a channel for which both sides must be ready at once (nccl.py).
 
-    decode    JOIN: its GPU              -->
+    decode    JOIN: its GPU, bytes of a slot  -->
               <--  JOIN: where to meet, or why not     prefill
               both make their end of the channel
     decode    JOIN: it has its end       -->           from here on blocks are not sent but said to be READY
@@ -28,9 +28,10 @@ from sglang_apb.transfer.wire import Block, Buffer, Join, Kind, PageIds
 
 logger = logging.getLogger(__name__)
 
-# Of GPU memory on both sides, for each pair. More in flight than a message's way there and back takes.
-SLOT_BYTES = 1 << 26
+# Blocks that are on their way at once: one is copied on either side while one is sent, and one is asked for.
 NUM_SLOTS = 4
+# Of a page at the least; who asks for less is not one of ours.
+MIN_SLOT_BYTES = 4 << 20
 # Each has a thread until the other side has come, or has not for too long.
 MAX_MAKING = 16
 # A link may be slow; one over which nothing comes any more, although both sides are there, is broken.
@@ -44,20 +45,28 @@ class ExchangeError(RuntimeError):
 
 
 class SendingChannel(Protocol):
+    """Never blocks; what fails is told to the `on_error` that it was made with."""
+
+    slot_bytes: int
+
     def send(self, part: range, block: Block, ids: PageIds) -> None:
-        """Queues the heads `part` of a block, pages `ids` of the pool. Raises ExchangeError."""
+        """Queues the heads `part` of a block, pages `ids` of the pool."""
         ...
 
     def send_nothing(self, num_bytes: int) -> None:
-        """In place of a block of a request that is gone. Raises ExchangeError."""
+        """In place of a block of a request that is gone."""
         ...
 
     def close(self) -> None: ...
 
 
 class ReceivingChannel(Protocol):
+    slot_bytes: int
+
     def post(self, slot: int, num_bytes: int) -> Ticket:
-        """Waits for the next block in a slot; the ticket says whether it is there. Raises ExchangeError."""
+        """Queues the receiving of the next block into a slot. The ticket says whether it is there, and raises
+        RuntimeError when it can not come any more.
+        """
         ...
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
@@ -69,12 +78,17 @@ class ReceivingChannel(Protocol):
 
 @dataclass(frozen=True)
 class Meeting:
-    """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way."""
+    """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way.
+
+    Both make slots of the smaller `slot_bytes`. `sender` also takes what is to be called when a block could not be
+    sent, with the reason, and `receiver` what is to be called when one is there: in any thread.
+    """
 
     gpu: str
     new_id: Callable[[], bytes]
-    sender: Callable[[bytes], SendingChannel]
-    receiver: Callable[[bytes], ReceivingChannel]
+    sender: Callable[[bytes, int, Callable[[str], None]], SendingChannel]
+    receiver: Callable[[bytes, int, Callable[[], None]], ReceivingChannel]
+    slot_bytes: int
 
 
 @dataclass
@@ -87,9 +101,13 @@ class PrefillEnds:
     """A prefill rank's channels. Ends are made in threads of their own; everything else is the endpoint's thread's."""
 
     def __init__(
-        self, meeting: Meeting, call: Callable[[Callable[[], None]], None], reply: Callable[[bytes, Join], None]
+        self,
+        meeting: Meeting,
+        call: Callable[[Callable[[], None]], None],
+        reply: Callable[[bytes, Join], None],
+        on_broken: Callable[[bytes, str], None],
     ):
-        self._meeting, self._call, self._reply = meeting, call, reply
+        self._meeting, self._call, self._reply, self._on_broken = meeting, call, reply, on_broken
         self._ends: dict[bytes, _End] = {}
         self._num_making = 0
 
@@ -100,10 +118,13 @@ class PrefillEnds:
             self._reply(identity, Join(reason="both ranks are on one GPU"))
         elif self._num_making >= MAX_MAKING:
             self._reply(identity, Join(reason=f"{MAX_MAKING} channels are being made already"))
+        elif (slot_bytes := min(join.slot_bytes, self._meeting.slot_bytes)) < MIN_SLOT_BYTES:
+            self._reply(identity, Join(reason=f"slots of {slot_bytes} bytes are less than {MIN_SLOT_BYTES}"))
         elif not join.unique_id:
             self._ends[identity] = _End()
             self._num_making += 1
-            threading.Thread(target=self._make, args=(identity,), name="kv-channel", daemon=True).start()
+            make = partial(self._make, identity, slot_bytes)
+            threading.Thread(target=make, name="kv-channel", daemon=True).start()
 
     def channel(self, identity: bytes) -> SendingChannel | None:
         """None while one of the ends is missing."""
@@ -115,16 +136,19 @@ class PrefillEnds:
         if end is not None and end.channel is not None:
             end.channel.close()
 
-    def _make(self, identity: bytes) -> None:
+    def _make(self, identity: bytes, slot_bytes: int) -> None:
         try:
             unique_id = self._meeting.new_id()
-            self._call(partial(self._reply, identity, Join(unique_id=unique_id)))
-            channel = self._meeting.sender(unique_id)
+            self._call(partial(self._reply, identity, Join(unique_id=unique_id, slot_bytes=slot_bytes)))
+            channel = self._meeting.sender(unique_id, slot_bytes, partial(self._tell_broken, identity))
         except Exception as error:
             logger.warning("KV transfer: no channel to a decode rank: %s", error)
             self._call(partial(self._give_up, identity, str(error)))
         else:
             self._call(partial(self._add, identity, channel))
+
+    def _tell_broken(self, identity: bytes, reason: str) -> None:
+        self._call(partial(self._on_broken, identity, reason))
 
     def _give_up(self, identity: bytes, reason: str) -> None:
         self._num_making -= 1
@@ -178,7 +202,7 @@ class Fetcher:
     def deliver(self, place: Callable[[ReceivingChannel, int, Fetch], None]) -> None:
         """Has each block that is there taken out of its slot by `place`.
 
-        Raises ExchangeError when the channel does not work, or a block has not come for too long.
+        Raises RuntimeError when the channel does not work, or a block has not come for too long.
         """
         self._post()
         while self._coming and self._coming[0].ticket():

@@ -1,4 +1,4 @@
-"""Pages of some KV heads in GPU memory: where they lie in a pool, and in a block that is sent in one piece."""
+"""Pages in GPU memory: where they lie in a pool, and the same bytes in one piece, as they are sent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang_apb.transfer.pages import CudaPages, run_of
-from sglang_apb.transfer.wire import Block, PageIds
+from sglang_apb.transfer.pages import BLOCK_BYTES, Bytes, HostPages, run_of
+from sglang_apb.transfer.wire import Block, Buffer, PageIds
 
 
 class GpuSide:
@@ -40,16 +40,18 @@ class GpuSide:
     def row_lengths(self, part: range, num_rows: int) -> list[int]:
         return [len(part) * self._head_bytes(size) * self.page_size // num_rows for size in self._item_lens]
 
-    def packed(self, part: range, block: Block, address: int) -> list[Any]:
-        """Where a block's pages lie in one piece of memory: buffer after buffer, the heads `part` only."""
-        from sglang_apb.kernels.page_copy import PagePlace
+    def page_lens(self, part: range) -> tuple[int, ...]:
+        """Bytes of a page in each buffer, of the heads `part` alone."""
+        return tuple(self.row_lengths(part, 1))
 
-        places = []
-        for length in self.row_lengths(part, self.num_rows(part))[block.first_buffer :][: block.num_buffers]:
-            page_bytes = length * self.num_rows(part)
-            places.append(PagePlace(address, page_bytes, length))
-            address += page_bytes * block.num_pages
-        return places
+    def copy_of(self, part: range, address: int, device: torch.device, *, to_pool: bool) -> Any:
+        """A PageCopy between the heads `part` of the pool and blocks in one piece at `address`."""
+        from sglang_apb.kernels.page_copy import PageCopy, in_one_piece
+
+        num_rows = self.num_rows(part)
+        lengths = self.row_lengths(part, num_rows)
+        ends = self.places(part, num_rows), in_one_piece(address, num_rows, lengths)
+        return PageCopy.between(*(reversed(ends) if to_pool else ends), num_rows, lengths, device)
 
     def straight(self, part: range, block: Block, ids: PageIds) -> int | None:
         """Where a block begins in the pool, if it lies there as it is sent: all heads, of pages in a row."""
@@ -69,8 +71,91 @@ class UploadedIds:
         self._device = device
         self._ids: PageIds = np.empty(0, np.int64)
         self._there = torch.empty(0, dtype=torch.int64, device=device)
+        self._in_order = torch.arange(0, device=device)
 
     def of(self, ids: PageIds) -> torch.Tensor:
         if not np.array_equal(ids, self._ids):
             self._ids, self._there = ids.copy(), torch.from_numpy(ids).to(self._device)
         return self._there
+
+    def in_order(self, num_ids: int) -> torch.Tensor:
+        """Those of pages in one piece."""
+        if num_ids > len(self._in_order):
+            self._in_order = torch.arange(num_ids, device=self._device)
+        return self._in_order[:num_ids]
+
+
+class StagedPages:
+    """`Pages` of some heads in GPU memory, moved through pinned host memory on a stream of its own, each way in one
+    kernel. For one thread.
+
+    KV must be final when `gather` is called: SGLang sends after it has waited for the batch's results.
+    """
+
+    def __init__(self, side: GpuSide, part: range, num_pages: int, device: torch.device):
+        self.item_lens = side.page_lens(part)
+        self.num_pages = num_pages
+        self._side, self._part, self._device = side, part, device
+        self._stream = torch.cuda.Stream(device)
+        self._ids = UploadedIds(device)
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._reserve(BLOCK_BYTES)
+
+    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
+        from sglang_apb.kernels.page_copy import copy_pages_triton
+
+        staged = torch.empty(self._num_bytes(first_buffer, num_buffers, len(ids)), dtype=torch.uint8, pin_memory=True)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._reserve(len(staged))
+            there = self._ids.of(ids), self._ids.in_order(len(ids))
+            copy_pages_triton(self._from_pool, first_buffer, num_buffers, *there)
+            staged.copy_(self._memory[: len(staged)], non_blocking=True)
+        self._stream.synchronize()
+        return staged.numpy()
+
+    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
+        from sglang_apb.kernels.page_copy import copy_pages_triton
+
+        staged = torch.empty(self._num_bytes(first_buffer, num_buffers, len(ids)), dtype=torch.uint8, pin_memory=True)
+        staged.numpy()[:] = np.frombuffer(payload, np.uint8)
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._reserve(len(staged))
+            self._memory[: len(staged)].copy_(staged, non_blocking=True)
+            there = self._ids.in_order(len(ids)), self._ids.of(ids)
+            copy_pages_triton(self._to_pool, first_buffer, num_buffers, *there)
+        self._stream.synchronize()
+
+    def _num_bytes(self, first_buffer: int, num_buffers: int, num_ids: int) -> int:
+        return num_ids * sum(self.item_lens[first_buffer : first_buffer + num_buffers])
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Memory for a block of so many bytes on the GPU."""
+        if num_bytes <= len(self._memory):
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+            self._from_pool, self._to_pool = (
+                self._side.copy_of(self._part, self._memory.data_ptr(), self._device, to_pool=to_pool)
+                for to_pool in (False, True)
+            )
+
+
+class CudaPages(StagedPages):
+    """All of a pool in GPU memory. `buffers` are flat uint8 tensors whose length is whole pages."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor], item_lens: Sequence[int]):
+        self.buffers = list(buffers)
+        addresses = [buffer.data_ptr() for buffer in buffers]
+        num_pages = min(len(buffer) // size for buffer, size in zip(buffers, item_lens, strict=True))
+        super().__init__(GpuSide(addresses, item_lens, range(1), 1), range(1), num_pages, buffers[0].device)
+        first_page = np.zeros(1, np.int64)
+        for buffer in range(len(self.buffers)):  # Triton compiles now, and no request waits for it
+            self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
+
+
+def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages | CudaPages:
+    """The pages of a KV pool: `buffers` contiguous tensors, of which the first `lens` bytes hold pages."""
+    flat = [buffer.view(-1).view(torch.uint8)[:size] for buffer, size in zip(buffers, lens, strict=True)]
+    if flat[0].device.type == "cuda":
+        return CudaPages(flat, item_lens)
+    return HostPages([buffer.numpy() for buffer in flat], item_lens)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sglang_apb.transfer.pages import Bytes, CudaPages, HostPages, PageIds, Pages
+from sglang_apb.transfer.gpu_pages import CudaPages, GpuSide, StagedPages
+from sglang_apb.transfer.pages import Bytes, HostPages, PageIds, Pages
 from sglang_apb.transfer.wire import Buffer
 
 
@@ -90,9 +91,9 @@ def _interval(heads: range) -> str:
 
 
 class HeadPages:
-    """`Pages` of some heads: of each token of a page, the bytes of these heads.
+    """`Pages` of some heads in this process's memory: of each token of a page, the bytes of these heads.
 
-    buffers: uint8, flat, whole pages of item_lens bytes each, on one device; `part` of the `num_heads` heads in them.
+    buffers: uint8, flat, whole pages of item_lens bytes each; `part` of the `num_heads` heads in them.
     """
 
     def __init__(
@@ -104,30 +105,18 @@ class HeadPages:
         ]
         self.item_lens = tuple(row[0].numel() * row.element_size() for row in self._rows)
         self.num_pages = min(len(row) for row in self._rows)
-        self._device = buffers[0].device
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
-        rows = self._rows[first_buffer : first_buffer + num_buffers]
-        with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(ids).to(self._device)
-            gathered = torch.cat([row.index_select(0, index).view(torch.uint8).flatten() for row in rows])
-            result: Bytes = gathered.cpu().numpy()  # waits
-        return result
+        rows, index = self._rows[first_buffer : first_buffer + num_buffers], torch.from_numpy(ids)
+        gathered: Bytes = torch.cat([row.index_select(0, index).view(torch.uint8).flatten() for row in rows]).numpy()
+        return gathered
 
     def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
-        rows = self._rows[first_buffer : first_buffer + num_buffers]
+        some = slice(first_buffer, first_buffer + num_buffers)
         arrived = torch.from_numpy(np.frombuffer(payload, np.uint8).copy())
-        with torch.cuda.stream(self._stream):
-            index = torch.from_numpy(ids).to(self._device)
-            parts = arrived.to(self._device).split([len(ids) * size for size in self._sizes(first_buffer, num_buffers)])
-            for row, part in zip(rows, parts, strict=True):
-                row[index] = part.view(row.dtype).view(len(ids), *row.shape[1:])
-        if self._stream is not None:
-            self._stream.synchronize()
-
-    def _sizes(self, first_buffer: int, num_buffers: int) -> tuple[int, ...]:
-        return self.item_lens[first_buffer : first_buffer + num_buffers]
+        parts = arrived.split([len(ids) * size for size in self.item_lens[some]])
+        for row, part in zip(self._rows[some], parts, strict=True):
+            row[torch.from_numpy(ids)] = part.view(row.dtype).view(len(ids), *row.shape[1:])
 
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
@@ -148,8 +137,13 @@ class PagesByHeads:
     def of(self, part: range) -> Pages:
         """Made at its first use, which must not be in two threads at once."""
         if part not in self._parts:
-            inside = range(part.start - self._heads.start, part.stop - self._heads.start)
-            self._parts[part] = HeadPages(
-                self._whole.buffers, self._whole.item_lens, self._page_size, len(self._heads), inside
-            )
+            self._parts[part] = self._cut_out(part)
         return self._parts[part]
+
+    def _cut_out(self, part: range) -> Pages:
+        whole = self._whole
+        if isinstance(whole, CudaPages):
+            side = GpuSide.of(whole, self._heads, self._page_size)
+            return StagedPages(side, part, whole.num_pages, whole.buffers[0].device)
+        inside = range(part.start - self._heads.start, part.stop - self._heads.start)
+        return HeadPages(whole.buffers, whole.item_lens, self._page_size, len(self._heads), inside)

@@ -18,8 +18,9 @@ from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
 from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
+from sglang_apb.transfer.gpu_pages import open_pool
 from sglang_apb.transfer.heads import Shares, heads_of
-from sglang_apb.transfer.pages import in_layers, open_host_memory, open_pool
+from sglang_apb.transfer.pages import in_layers, open_host_memory
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
@@ -45,7 +46,7 @@ class ZmqKVManager(CommonKVManager):
     ):
         _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
         transfer: TransferConfig = server_args.plugin_options.transfer()
-        self.contact_seconds, self._data_plane = transfer.contact_seconds, transfer.data_plane
+        self.contact_seconds, self._transfer = transfer.contact_seconds, transfer
         self._keys = keys.load(transfer)
         with _local_ip(hosts.listening_host(server_args.host)):
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
@@ -82,16 +83,16 @@ class ZmqKVManager(CommonKVManager):
         pages = open_pool(in_layers(k_buffers, v_buffers), self._in_layers(args.kv_data_lens), self._item_lens())
         aux = open_host_memory(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens)
         compat = self._describe(model_config)
-        plane = pages, self._heads, args.page_size, self._data_plane
+        plane = pages, self._heads, args.page_size, self._transfer
         if self.disaggregation_mode == DisaggregationMode.PREFILL:
-            memory = planes.memory_to_offer(pages, self._heads, self._data_plane)
-            meeting = planes.meeting(*plane, has_keys=self._keys is not None)
+            memory = planes.memory_to_offer(pages, self._heads, self._transfer.data_plane)
+            meeting = planes.meeting(*plane)
             self.sending.start_sending(pages, aux, compat, self._heads, memory, meeting)
         else:
             self.receiving = ReceivingEndpoint(
                 *(pages, aux, compat, self._heads, self._keys),
                 with_metrics=self.server_args.enable_metrics,
-                ways=planes.ways(*plane, has_keys=self._keys is not None),
+                ways=planes.ways(*plane),
             )
             self.receiving.start()
             self._start_heartbeat_checker_thread()

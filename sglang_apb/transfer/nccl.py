@@ -1,26 +1,29 @@
 """A block of pages from GPU to GPU by NCCL: over InfiniBand, RoCE, NVLink or TCP, whatever NCCL finds.
 
-Communicators do not block: one whose other side is gone is given up without it (`ncclCommAbort`). NCCL does not
-encrypt, and authenticates nobody.
+Communicators do not block: one whose other side is gone is given up without it (`ncclCommAbort`). Each is used in one
+thread of its own, since a call takes 0.15 ms, and seconds where the other side hangs. NCCL does not encrypt, and
+authenticates nobody.
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_apb.transfer.exchange import NUM_SLOTS, SLOT_BYTES, ExchangeError, Ticket
-from sglang_apb.transfer.gpu_pages import GpuSide, UploadedIds
-from sglang_apb.transfer.pages import CudaPages
+from sglang_apb.transfer import wire
+from sglang_apb.transfer.config import OPTION
+from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError, Ticket
+from sglang_apb.transfer.gpu_pages import CudaPages, GpuSide, UploadedIds
 from sglang_apb.transfer.wire import Block, PageIds
+from sglang_apb.transfer.worker import Worker
 
 if TYPE_CHECKING:
     from sglang_apb.kernels.page_copy import PageCopy
@@ -32,8 +35,11 @@ _IN_PROGRESS = 7  # ncclInProgress (nccl.h)
 _UINT8 = 1
 _CONNECT_S = 20.0
 _CALL_S = 2.0
-# NCCL's kernel takes that many multiprocessors of a GPU that computes beside it; a network is no faster with more.
-_MAX_CTAS = 4
+# NCCL's kernel takes that many multiprocessors of a GPU that computes beside it. NVLink needs them (H200: 8 reach 257
+# of 358 GB/s); over a network NCCL takes fewer by itself.
+_MAX_CTAS = 16
+# Of GPU memory, for what the server computes, beside NCCL's own.
+_SPARE_BYTES = 1 << 30
 
 
 def new_id() -> bytes:
@@ -48,7 +54,9 @@ class Communicator:
         from sglang.srt.distributed.device_communicators import pynccl_wrapper as wrapper
 
         self._lib, self._peer = _library().lib, 1 - rank
-        self.stream = torch.cuda.Stream(device)
+        self._is_hurried = False
+        # First of what waits for multiprocessors: copies and prefill fill the GPU, and the other side's stand by.
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self._comm = ctypes.c_void_p()
         config = wrapper.ncclConfig_t.create()
         config.blocking, config.maxCTAs = 0, _MAX_CTAS
@@ -69,13 +77,15 @@ class Communicator:
     def receive(self, address: int, num_bytes: int) -> None:
         self._call(self._lib.ncclRecv, address, num_bytes, _CALL_S)
 
-    def abort(self, memory: torch.Tensor | None = None) -> None:
-        """Ends what is on its way: in a thread of its own, since that waits for the GPU. It has `memory` till then: a
-        block may still be written there.
-        """
+    def hurry(self) -> None:
+        """Lets a call that waits in another thread end with an error."""
+        self._is_hurried = True
+
+    def abort(self) -> None:
+        """Ends what is on its way; returns when the GPU has nothing to do with it any more."""
         comm, self._comm = self._comm, ctypes.c_void_p()
         if comm:
-            threading.Thread(target=_abort, args=(self._lib, comm, memory), name="kv-abort", daemon=True).start()
+            self._lib.ncclCommAbort(comm)
 
     def _connect(self, device: torch.device) -> None:
         """The first send connects both sides, for which each has to wait for the other."""
@@ -98,16 +108,13 @@ class Communicator:
         deadline = time.monotonic() + seconds
         state = ctypes.c_int(code)
         while state.value == _IN_PROGRESS:
+            if self._is_hurried:
+                raise ExchangeError("the channel is closed")
             if time.monotonic() > deadline:
                 raise ExchangeError(f"NCCL has not finished a call within {seconds:g} s")
             self._lib.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
         if state.value:
             raise ExchangeError(f"NCCL: {_library().ncclGetErrorString(state.value)}")
-
-
-def _abort(library: Any, comm: ctypes.c_void_p, memory: torch.Tensor | None) -> None:
-    library.ncclCommAbort(comm)
-    del memory
 
 
 @cache
@@ -123,88 +130,126 @@ def _library() -> Any:
     return library
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    copy: PageCopy
-    source_ids: torch.Tensor
-    target_ids: torch.Tensor
-
-    def run_on(self, stream: torch.cuda.Stream) -> None:
-        from sglang_apb.kernels.page_copy import copy_pages_triton
-
-        for tensor in (self.copy.table, self.source_ids, self.target_ids):
-            tensor.record_stream(stream)  # it may be forgotten here before it is read there
-        with torch.cuda.stream(stream):
-            copy_pages_triton(self.copy, 0, len(self.copy.lengths), self.source_ids, self.target_ids)
-
-
 class _Channel:
-    """One side of a pair: its pool, and slots of memory through which blocks go."""
+    """One side of a pair: its pool, and slots of memory through which blocks go.
 
-    def __init__(self, unique_id: bytes, rank: int, pages: CudaPages, heads: range, page_size: int):
+    Copies have a stream of their own: the next block is gathered while one is sent. What they need is uploaded on
+    another one, which waits for no other side.
+    """
+
+    def __init__(self, unique_id: bytes, rank: int, slot_bytes: int, pages: CudaPages, heads: range, page_size: int):
+        self.slot_bytes = slot_bytes
         self._device = pages.buffers[0].device
         self._side = GpuSide.of(pages, heads, page_size)
         self._pool_ids = UploadedIds(self._device)
-        self._own_stream = torch.cuda.Stream(self._device)
+        self._tables: dict[tuple[int, range], PageCopy] = {}
+        self._uploads, self._copies = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        self._slots = _allocate_slots(slot_bytes, self._device)
         self._communicator = Communicator(unique_id, rank, self._device)
-        with torch.cuda.device(self._device):
-            self._slots = torch.empty(NUM_SLOTS, SLOT_BYTES, dtype=torch.uint8, device=self._device)
+        self._worker = Worker("kv-nccl")
 
     def close(self) -> None:
-        self._communicator.abort(self._slots)
+        """The slots stay until nothing can be written there any more."""
+        self._communicator.hurry()
+        self._worker.submit(self._abort)
+        self._worker.end()
+
+    def _abort(self) -> None:
+        self._communicator.abort()
 
     def _num_bytes(self, part: range, block: Block) -> int:
-        return block.num_pages * sum(place.page_bytes for place in self._side.packed(part, block, 0))
+        return wire.block_bytes(block, self._side.page_lens(part))
 
-    def _prepare(self, part: range, block: Block, slot: int, ids: PageIds, *, to_pool: bool) -> _Prepared:
-        """What copies a block between a slot and the pool. Uploaded on a stream that waits for no other side."""
-        from sglang_apb.kernels.page_copy import PageCopy
+    def _copy(self, slot: int, part: range, block: Block, ids: PageIds, *, to_pool: bool) -> None:
+        """Queues the copying of a block between a slot and pages `ids` of the pool."""
+        from sglang_apb.kernels.page_copy import copy_pages_triton
 
-        num_rows = self._side.num_rows(part)
-        buffers = slice(block.first_buffer, block.first_buffer + block.num_buffers)
-        in_pool = self._side.places(part, num_rows)[buffers]
-        packed = self._side.packed(part, block, self._slots[slot].data_ptr())
-        lengths = self._side.row_lengths(part, num_rows)[buffers]
-        source, target = (packed, in_pool) if to_pool else (in_pool, packed)
-        with torch.cuda.stream(self._own_stream):
-            copy = PageCopy.between(source, target, num_rows, lengths, self._device)
-            in_order = torch.arange(len(ids), device=self._device)
-            pool_ids = self._pool_ids.of(ids)
-        self._own_stream.synchronize()
-        return _Prepared(copy, *((in_order, pool_ids) if to_pool else (pool_ids, in_order)))
+        with torch.cuda.stream(self._uploads):
+            if (table := self._tables.get((slot, part))) is None:
+                address = self._slots[slot].data_ptr()
+                table = self._tables[slot, part] = self._side.copy_of(part, address, self._device, to_pool=to_pool)
+            there = self._pool_ids.of(ids), self._pool_ids.in_order(len(ids))
+        self._copies.wait_stream(self._uploads)
+        for tensor in (table.table, *there):
+            tensor.record_stream(self._copies)  # it may be forgotten here before it is read there
+        with torch.cuda.stream(self._copies):
+            copy_pages_triton(table, block.first_buffer, block.num_buffers, *(reversed(there) if to_pool else there))
+
+
+def _allocate_slots(slot_bytes: int, device: torch.device) -> torch.Tensor:
+    num_bytes = NUM_SLOTS * slot_bytes
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < num_bytes + _SPARE_BYTES:
+        raise ExchangeError(
+            f"a channel takes {num_bytes >> 20} MB of GPU memory, and of {free >> 20} MB that are free "
+            f"{_SPARE_BYTES >> 20} are to stay so: lower --mem-fraction-static or nccl_buffer_mb of {OPTION}"
+        )
+    return torch.empty(NUM_SLOTS, slot_bytes, dtype=torch.uint8, device=device)
 
 
 class NcclSender(_Channel):
-    """Prefill's side."""
+    """Prefill's side. Blocks are sent in the channel's thread; what fails there is told to `on_error`, once."""
 
-    def __init__(self, unique_id: bytes, pages: CudaPages, heads: range, page_size: int):
-        super().__init__(unique_id, PREFILL, pages, heads, page_size)
+    def __init__(
+        self,
+        unique_id: bytes,
+        slot_bytes: int,
+        on_error: Callable[[str], None],
+        *,
+        pages: CudaPages,
+        heads: range,
+        page_size: int,
+    ):
+        super().__init__(unique_id, PREFILL, slot_bytes, pages, heads, page_size)
+        self._on_error = on_error
+        self._has_failed = False
         self._next_slot = 0
+        self._sent: dict[int, torch.cuda.Event] = {}
         self._sending: deque[torch.cuda.Event] = deque()
 
     def send(self, part: range, block: Block, ids: PageIds) -> None:
-        self._check_taken()
-        with torch.cuda.device(self._device):
-            if (address := self._side.straight(part, block, ids)) is None:
-                slot = self._take_slot()
-                address = self._slots[slot].data_ptr()
-                # On one stream with the sends, so that a slot is not written again before it is sent.
-                self._prepare(part, block, slot, ids, to_pool=False).run_on(self._communicator.stream)
-            self._send(address, self._num_bytes(part, block))
+        self._worker.submit(partial(self._try, partial(self._send_block, part, block, ids)))
 
     def send_nothing(self, num_bytes: int) -> None:
         """Zeros: the other side waits for so much, of a request that is gone here."""
-        self._check_taken()
-        slot = self._slots[self._take_slot()]
-        with torch.cuda.device(self._device):
-            with torch.cuda.stream(self._communicator.stream):
-                slot.zero_()
-            self._send(slot.data_ptr(), num_bytes)
+        self._worker.submit(partial(self._try, partial(self._send_zeros, num_bytes)))
 
-    def _send(self, address: int, num_bytes: int) -> None:
+    def _try(self, send: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            with torch.cuda.device(self._device):
+                self._check_taken()
+                send()
+        except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
+            self._has_failed = True
+            self._on_error(str(error))
+
+    def _send_block(self, part: range, block: Block, ids: PageIds) -> None:
+        num_bytes = self._num_bytes(part, block)
+        if (address := self._side.straight(part, block, ids)) is not None:
+            self._send(address, num_bytes)
+            return
+        slot = self._take_slot()
+        self._copy(slot, part, block, ids, to_pool=False)
+        self._send_slot(slot, num_bytes)
+
+    def _send_zeros(self, num_bytes: int) -> None:
+        slot = self._take_slot()
+        with torch.cuda.stream(self._copies):
+            self._slots[slot].zero_()
+        self._send_slot(slot, num_bytes)
+
+    def _send_slot(self, slot: int, num_bytes: int) -> None:
+        self._communicator.stream.wait_stream(self._copies)
+        self._sent[slot] = self._send(self._slots[slot].data_ptr(), num_bytes)
+
+    def _send(self, address: int, num_bytes: int) -> torch.cuda.Event:
         self._communicator.send(address, num_bytes)
-        self._sending.append(torch.cuda.Event())
-        self._sending[-1].record(self._communicator.stream)
+        sent = torch.cuda.Event()
+        sent.record(self._communicator.stream)
+        self._sending.append(sent)
+        return sent
 
     def _check_taken(self) -> None:
         """Raises ExchangeError when the other side asked for more than it has slots for."""
@@ -214,26 +259,54 @@ class NcclSender(_Channel):
             raise ExchangeError(f"{len(self._sending)} blocks were asked for and are not taken")
 
     def _take_slot(self) -> int:
+        """Copies that are queued from now on wait until what was in it is sent."""
         slot, self._next_slot = self._next_slot, (self._next_slot + 1) % NUM_SLOTS
+        if slot in self._sent:
+            self._copies.wait_event(self._sent[slot])
         return slot
 
 
 class NcclReceiver(_Channel):
-    """Decode's side."""
+    """Decode's side. `wake` is called when a block is there, or can not be received, in any thread."""
 
-    def __init__(self, unique_id: bytes, pages: CudaPages, heads: range, page_size: int):
-        super().__init__(unique_id, DECODE, pages, heads, page_size)
+    def __init__(
+        self,
+        unique_id: bytes,
+        slot_bytes: int,
+        wake: Callable[[], None],
+        *,
+        pages: CudaPages,
+        heads: range,
+        page_size: int,
+    ):
+        super().__init__(unique_id, DECODE, slot_bytes, pages, heads, page_size)
+        self._wake = wake
+        self._arrivals = Worker("kv-arrivals")
+
+    def close(self) -> None:
+        super().close()
+        self._arrivals.end()
 
     def post(self, slot: int, num_bytes: int) -> Ticket:
-        """Queues the receiving of the next block into a slot; the ticket says when it is there."""
-        event = torch.cuda.Event()
+        posted = self._worker.submit(partial(self._receive, slot, num_bytes))
+        arrived = self._arrivals.submit(partial(self._wait_for, posted))
+        return lambda: arrived.done() and arrived.result()
+
+    def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
+        with torch.cuda.device(self._device):
+            self._copy(slot, part, block, ids, to_pool=True)
+        self._copies.synchronize()
+
+    def _receive(self, slot: int, num_bytes: int) -> torch.cuda.Event:
+        event = torch.cuda.Event(blocking=True)
         with torch.cuda.device(self._device):
             self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
             event.record(self._communicator.stream)
-        return event.query
+        return event
 
-    def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
-        """From a slot to pages `ids` of the pool; returns when they are there."""
-        with torch.cuda.device(self._device):
-            self._prepare(part, block, slot, ids, to_pool=True).run_on(self._own_stream)
-        self._own_stream.synchronize()
+    def _wait_for(self, posted: Future[torch.cuda.Event]) -> bool:
+        try:
+            posted.result().synchronize()
+        finally:
+            self._wake()
+        return True

@@ -23,8 +23,8 @@ Bytes: TypeAlias = npt.NDArray[np.uint8]
 
 T = TypeVar("T")
 
-# Measured best for DEALER/ROUTER over TCP: 1 to 2 MB. Smaller ones cost calls, larger ones leave the caches.
-BLOCK_BYTES = 1 << 20
+# Measured best for DEALER/ROUTER over TCP. Smaller ones cost calls, larger ones leave the caches.
+BLOCK_BYTES = 1 << 21
 # A block that is only offered costs one launch, and a message: 3 ms over NVLink.
 OFFER_BYTES = 1 << 30
 # So that an offer, which has 4 bytes a page, is no longer than a block of data.
@@ -83,58 +83,6 @@ class HostPages:
         return lent
 
 
-class CudaPages:
-    """Pages in GPU memory, moved through pinned host memory on a stream of its own, each way in one kernel.
-
-    KV must be final when `gather` is called: SGLang sends after it has waited for the batch's results.
-    """
-
-    def __init__(self, buffers: Sequence[torch.Tensor], item_lens: Sequence[int]):
-        from sglang_apb.kernels.pages import PageBuffers
-
-        rows = [buffer.view(-1, size) for buffer, size in zip(buffers, item_lens, strict=True)]
-        self.buffers = list(buffers)
-        self.item_lens = tuple(item_lens)
-        self.num_pages = min(len(row) for row in rows)
-        self._pool = PageBuffers.of(rows)
-        self._device = buffers[0].device
-        self._stream = torch.cuda.Stream(self._device)
-        first_page = np.zeros(1, np.int64)
-        for buffer in range(len(rows)):  # Triton compiles now, and no request waits for it
-            self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
-
-    def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
-        from sglang_apb.kernels.pages import gather_pages_triton
-
-        pool = self._pool.part(first_buffer, num_buffers)
-        staged = torch.empty(len(ids) * sum(pool.item_lens), dtype=torch.uint8, pin_memory=True)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            gathered = torch.empty_like(staged, device=self._device)
-            gather_pages_triton(pool, torch.from_numpy(ids).to(self._device), gathered)
-            staged.copy_(gathered, non_blocking=True)
-        self._stream.synchronize()
-        return staged.numpy()
-
-    def scatter(self, first_buffer: int, num_buffers: int, ids: PageIds, payload: Buffer) -> None:
-        from sglang_apb.kernels.pages import scatter_pages_triton
-
-        staged = torch.empty(len(payload), dtype=torch.uint8, pin_memory=True)
-        staged.numpy()[:] = np.frombuffer(payload, np.uint8)
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            arrived = staged.to(self._device, non_blocking=True)
-            pool = self._pool.part(first_buffer, num_buffers)
-            scatter_pages_triton(pool, torch.from_numpy(ids).to(self._device), arrived)
-        self._stream.synchronize()
-
-
-def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages | CudaPages:
-    """The pages of a KV pool: `buffers` contiguous tensors, of which the first `lens` bytes hold pages."""
-    flat = [buffer.view(-1).view(torch.uint8)[:size] for buffer, size in zip(buffers, lens, strict=True)]
-    if flat[0].device.type == "cuda":
-        return CudaPages(flat, item_lens)
-    return HostPages([buffer.numpy() for buffer in flat], item_lens)
-
-
 def open_host_memory(ptrs: Sequence[int], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages:
     """Pages at the addresses `ptrs` of this process. The owner of the memory must outlive the result."""
     arrays = [
@@ -162,12 +110,15 @@ def layer_buffers(layers: Sequence[int]) -> list[range]:
 def plan_blocks(
     item_lens: Sequence[int], buffers: range, first_page: int, num_pages: int, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Block]:
-    """Cuts [first_page, first_page + num_pages) of `buffers` into blocks of about `block_bytes`.
+    """Cuts [first_page, first_page + num_pages) of `buffers` into blocks of at most `block_bytes`, or of one page.
 
-    No block has more than MAX_BLOCK_PAGES pages.
+    No block has more than MAX_BLOCK_PAGES pages. Those of a buffer are about equal: a small one costs as much as a
+    large one.
     """
     largest = max(item_lens[buffer] for buffer in buffers)
-    pages_per_block = min(num_pages, max(1, block_bytes // largest), MAX_BLOCK_PAGES)
+    most_pages = min(num_pages, max(1, block_bytes // largest), MAX_BLOCK_PAGES)
+    num_blocks = -(-num_pages // most_pages)
+    pages_per_block = -(-num_pages // num_blocks)
     buffers_per_block = max(1, block_bytes // (largest * pages_per_block))
     for buffer in range(buffers.start, buffers.stop, buffers_per_block):
         num_buffers = min(buffers_per_block, buffers.stop - buffer)
@@ -183,9 +134,10 @@ def largest_payload(pages: Pages, aux: Pages) -> int:
 
 def run_of(ids: PageIds) -> slice | None:
     """The pages as a slice, when they follow each other: moved at memory speed, rows of a token's K at half of it."""
-    if len(ids) == 0 or ids[-1] - ids[0] != len(ids) - 1 or (len(ids) > 1 and not (np.diff(ids) == 1).all()):
+    if len(ids) == 0 or ids[-1] - ids[0] != len(ids) - 1:
         return None
-    return slice(int(ids[0]), int(ids[0]) + len(ids))
+    start, end = int(ids[0]), int(ids[0]) + len(ids)
+    return slice(start, end) if np.array_equal(ids, np.arange(start, end)) else None
 
 
 def _split(flat, rows, num_ids: int):

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, OPTION, ZMQ
+from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, OPTION, ZMQ, TransferConfig
 from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
 from sglang_apb.transfer.direct import DirectError, Memory
-from sglang_apb.transfer.exchange import Meeting
+from sglang_apb.transfer.exchange import NUM_SLOTS, Meeting
+from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, new_id
-from sglang_apb.transfer.pages import CudaPages, HostPages
+from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 
 logger = logging.getLogger(__name__)
@@ -35,30 +36,30 @@ def memory_to_offer(pages: HostPages | CudaPages, heads: range, plane: str) -> M
         return None
 
 
-def meeting(
-    pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool
-) -> Meeting | None:
+def meeting(pages: HostPages | CudaPages, heads: range, page_size: int, config: TransferConfig) -> Meeting | None:
     """Either side: how channels are made; None when they are not to be. NCCL does not encrypt: with keys, both sides
     have to name it.
 
     Raises ValueError when the setting asks for what is not possible.
     """
+    plane, has_keys = config.data_plane, config.secret_key is not None
     if not _is_possible(pages, plane, NCCL) or (has_keys and plane == AUTO) or isinstance(pages, HostPages):
         return None
     gpu = str(torch.cuda.get_device_properties(pages.buffers[0].device).uuid)
     side: dict[str, Any] = {"pages": pages, "heads": heads, "page_size": page_size}
-    return Meeting(gpu, new_id, partial(NcclSender, **side), partial(NcclReceiver, **side))
+    slot_bytes = (config.nccl_buffer_mb << 20) // NUM_SLOTS
+    return Meeting(gpu, new_id, partial(NcclSender, **side), partial(NcclReceiver, **side), slot_bytes)
 
 
-def ways(pages: HostPages | CudaPages, heads: range, page_size: int, plane: str, *, has_keys: bool) -> Ways:
-    """Decode: the ways to try; NCCL only by name, for it opens ports of its own and encrypts nothing.
+def ways(pages: HostPages | CudaPages, heads: range, page_size: int, config: TransferConfig) -> Ways:
+    """Decode: the ways to try.
 
     Raises ValueError when the setting asks for what is not possible.
     """
-    map_memory = None
+    map_memory, plane = None, config.data_plane
     if _is_possible(pages, plane, CUDA_IPC) and not isinstance(pages, HostPages):
         map_memory = partial(CudaRemotePool, pages=pages, heads=heads, page_size=page_size)
-    channels = meeting(pages, heads, page_size, plane, has_keys=has_keys) if plane == NCCL else None
+    channels = meeting(pages, heads, page_size, config)
     return Ways(map_memory, channels, zmq_too=plane in (AUTO, ZMQ))
 
 

@@ -21,7 +21,8 @@ from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import CUDA_IPC, NCCL
 from sglang_apb.transfer.direct import RemotePool
-from sglang_apb.transfer.exchange import SLOT_BYTES, ExchangeError, Fetch, Fetcher, ReceivingChannel
+from sglang_apb.transfer.exchange import Fetch, Fetcher, ReceivingChannel
+from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -29,7 +30,7 @@ from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, keep_freed_memory, receive
 from sglang_apb.transfer.observer import Cause, Observer
-from sglang_apb.transfer.pages import CudaPages, HostPages, PageIds, Pages, largest_payload
+from sglang_apb.transfer.pages import HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.ways import ZMQ_ONLY, Way, Ways
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Join, Kind, Stop, WireError
 
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 RECEIVE_HIGH_WATER_MARK = 8
 MAX_FRAMES_A_TURN = 16
-FETCH_POLL_MS = 1
+# A channel says when a block is there; this finds those that never come.
+FETCH_POLL_MS = 100
 _LOST = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CONNECT_RETRIED
@@ -350,8 +352,8 @@ class ReceivingEndpoint(SocketLoop):
         item_lens = room.sources[rank].item_lens
         block = wire.parse_ready(frame, len(item_lens), len(room.pages))
         room.assembly.check_block(rank, block)
-        if (num_bytes := wire.block_bytes(block, item_lens)) > SLOT_BYTES:
-            raise WireError(f"rank {rank} has a block of {num_bytes} bytes ready, at most {SLOT_BYTES} are fetched")
+        if (num_bytes := wire.block_bytes(block, item_lens)) > (most := fetcher.channel.slot_bytes):
+            raise WireError(f"rank {rank} has a block of {num_bytes} bytes ready, at most {most} are fetched")
         room.data_plane = NCCL
         room.unconfirmed.add(rank)
         if (rank, block) in room.fetching:
@@ -368,7 +370,7 @@ class ReceivingEndpoint(SocketLoop):
                 continue
             try:
                 fetcher.deliver(self._place)
-            except ExchangeError as error:
+            except RuntimeError as error:
                 self._lose(peer.address, f"The channel to prefill rank {peer.address} does not work ({error}).")
             is_busy = is_busy or fetcher.is_busy
         return FETCH_POLL_MS if is_busy else None

@@ -17,7 +17,8 @@ from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import Memory, MemoryServer
 from sglang_apb.transfer.early import Early, EarlyTable, Key
-from sglang_apb.transfer.exchange import SLOT_BYTES, Meeting, PrefillEnds
+from sglang_apb.transfer.exchange import Meeting, PrefillEnds
+from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, find_no_overlap, overlap
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.keys import Keys
@@ -25,12 +26,12 @@ from sglang_apb.transfer.loop import SocketLoop, buffers, guard, receive, sender
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import CudaPages, HostPages, PageIdsLater, Pages, layer_buffers
+from sglang_apb.transfer.pages import HostPages, PageIdsLater, Pages, layer_buffers
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, Frame, Join, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
 
-# Bounds what waits in this process for a slow decode server: about 12 MB of blocks each.
+# Bounds what waits in this process for a slow decode server: about 20 MB of blocks each.
 SEND_HIGH_WATER_MARK = 8
 RETRY_MS = 2
 PROBE_MS = 250
@@ -84,7 +85,7 @@ class SendingEndpoint(SocketLoop):
         `meeting`, others may ask for a channel.
         """
         if meeting is not None:
-            self._peers.ends = PrefillEnds(meeting, self.call, self._answer_join)
+            self._peers.ends = PrefillEnds(meeting, self.call, self._answer_join, self._lose_channel)
         self._aux, self._compat, self._heads = aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
         if memory is not None:
@@ -218,11 +219,13 @@ class SendingEndpoint(SocketLoop):
             return None
 
     def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, of_layers: range) -> Frames:
+        what = room, self._part_for(room), of_layers, pages, ids()
         if self._peers.has_mapped(room.identity):
-            how = blocks.offered
+            yield from blocks.offered(*what)
+        elif (channel := self._peers.channel(room.identity)) is not None:
+            yield from blocks.fetched(*what, channel.slot_bytes)
         else:
-            how = blocks.sent if self._peers.channel(room.identity) is None else blocks.fetched
-        yield from how(room, self._part_for(room), of_layers, pages, ids())
+            yield from blocks.sent(*what)
 
     def _serve_memory(self, memory: Memory) -> MemoryServer | None:
         try:
@@ -236,24 +239,22 @@ class SendingEndpoint(SocketLoop):
 
     def _fetch(self, identity: bytes, frame: Frame) -> None:
         """Sends a block for which the other side waits: with what it has, if the request is gone."""
-        block, num_bytes = wire.parse_fetch(frame, SLOT_BYTES)
         channel = self._peers.channel(identity)
         if channel is None:
             raise WireError("FETCH without a channel")
+        block, num_bytes = wire.parse_fetch(frame, channel.slot_bytes)
         with self._lock:
             room = self._rooms.get(frame.key)
         is_asked = room is not None and (room.identity, room.attempt) == (identity, frame.attempt)
         ids = room.unfetched.pop(block, None) if is_asked and room is not None and room.is_sending else None
-        try:
-            if room is None or ids is None:
-                channel.send_nothing(num_bytes)
-            else:
-                channel.send(self._part_of(room), block, ids)
-        except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
-            self._lose_channel(identity, f"The channel to the decode server does not work ({error}).")
+        if room is None or ids is None:
+            channel.send_nothing(num_bytes)
+        else:
+            channel.send(self._part_of(room), block, ids)
 
-    def _lose_channel(self, identity: bytes, reason: str) -> None:
+    def _lose_channel(self, identity: bytes, error: str) -> None:
         """Its requests fail; later ones go over ZMQ."""
+        reason = f"The channel to the decode server does not work ({error})."
         with self._lock:
             rooms = [room for room in self._rooms.values() if room.identity == identity]
         for room in rooms:
@@ -282,7 +283,7 @@ class SendingEndpoint(SocketLoop):
             identity = bytes(envelope)
             if self.keys is not None and not self.keys.peers.allows(sender_key(message[0])):
                 if self._peers.channel(identity) is not None:
-                    self._lose_channel(identity, "This server's key has been revoked.")
+                    self._lose_channel(identity, "its key has been revoked")
                 self._peers.reply(
                     identity, wire.pack_message(Stop("This server's key has been revoked."), *wire.place_of(parts))
                 )

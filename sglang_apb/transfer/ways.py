@@ -10,7 +10,7 @@ from functools import partial
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
-from sglang_apb.transfer.exchange import Fetcher, Meeting, ReceivingChannel
+from sglang_apb.transfer.exchange import MIN_SLOT_BYTES, ExchangeError, Fetcher, Meeting, ReceivingChannel
 from sglang_apb.transfer.wire import Buffer, Join, WireError
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Way:
         if join.reason:
             self._do_without(f"There is no channel to prefill rank {self._address}: {join.reason}")
         elif self._ways.meeting is not None:
-            make = partial(self._make_channel, self._ways.meeting, join.unique_id)
+            make = partial(self._make_channel, self._ways.meeting, join.unique_id, join.slot_bytes)
             threading.Thread(target=make, name="kv-channel", daemon=True).start()
 
     def close(self) -> None:
@@ -89,14 +89,14 @@ class Way:
             except DirectError as error:
                 reason = f"The KV pool of prefill rank {self._address} cannot be read where it lies: {error}"
         if self._ways.meeting is not None:
-            self._call(partial(self._ask_to_join, self._ways.meeting.gpu))
+            self._call(partial(self._ask_to_join, self._ways.meeting))
         else:
             self._call(partial(self._do_without, reason))
 
-    def _ask_to_join(self, gpu: str) -> None:
+    def _ask_to_join(self, meeting: Meeting) -> None:
         if not self._is_closed:
             self._is_waiting = True
-            self._send(wire.pack_message(Join(gpu=gpu), 0, 0))
+            self._send(wire.pack_message(Join(gpu=meeting.gpu, slot_bytes=meeting.slot_bytes), 0, 0))
 
     def _keep_remote(self, remote: RemotePool) -> None:
         with self._lock:
@@ -104,9 +104,11 @@ class Way:
             if self._is_closed:
                 _close(remote)
 
-    def _make_channel(self, meeting: Meeting, unique_id: bytes) -> None:
+    def _make_channel(self, meeting: Meeting, unique_id: bytes, slot_bytes: int) -> None:
         try:
-            channel = meeting.receiver(unique_id)
+            if not MIN_SLOT_BYTES <= slot_bytes <= meeting.slot_bytes:
+                raise ExchangeError(f"it wants slots of {slot_bytes} bytes, of {meeting.slot_bytes}")
+            channel = meeting.receiver(unique_id, slot_bytes, partial(self._call, _look))
         except Exception as error:
             self._call(partial(self._do_without, f"There is no channel to prefill rank {self._address}: {error}"))
         else:
@@ -126,6 +128,10 @@ class Way:
             logger.info("KV transfer: KV comes over zmq. %s", reason)
         else:
             self._give_up(reason)
+
+
+def _look() -> None:
+    """Nothing: with any command the endpoint's thread looks for blocks that have come."""
 
 
 def _close(remote: RemotePool) -> None:

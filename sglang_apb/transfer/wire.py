@@ -29,7 +29,7 @@ from msgspec import Meta
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 4
+VERSION = 5
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
@@ -156,9 +156,12 @@ class Stop(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Either way: `gpu` of the side that asks, the channel's id, or why there is none."""
+    """Either way: `gpu` of the side that asks, `slot_bytes` that a block has at most, the channel's id, or why there is
+    none.
+    """
 
     gpu: Annotated[str, Meta(max_length=128)] = ""
+    slot_bytes: ByteCount = 0
     unique_id: Annotated[bytes, Meta(max_length=128)] = b""
     reason: Annotated[str, Meta(max_length=2000)] = ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from sglang_apb.commands.bench.observed import (
 )
 from sglang_apb.commands.bench.setup import InProcess
 from sglang_apb.kernels import TRITON
-from sglang_apb.kernels.pages import PageBuffers, gather_pages_reference, gather_pages_triton
+from sglang_apb.kernels.page_copy import PageCopy, PagePlace, copy_pages_reference, copy_pages_triton, in_one_piece
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup
 
@@ -128,13 +129,18 @@ def gather_case(setting: InProcess, layout: Layout, rank: int, engine: Attention
     """One layer's K and V of the rank's own tokens, from pages of one token that lie anywhere in the pool."""
     num_tokens = num_rows(layout.rows_of(rank).block_tokens.values())
     page_bytes = setting.shape.num_kv_heads * setting.shape.head_dim * setting.dtype.itemsize
-    pool = PageBuffers.of(
-        [torch.zeros(num_tokens, page_bytes, dtype=torch.uint8, device=setting.device) for _ in ("k", "v")]
-    )
-    ids = torch.randperm(num_tokens, device=setting.device)
-    payload = torch.empty(num_tokens * sum(pool.item_lens), dtype=torch.uint8, device=setting.device)
-    gather = gather_pages_triton if engine.kernels is TRITON else gather_pages_reference
-    return Case("gather pages", lambda: gather(pool, ids, payload), num_bytes=2 * payload.nbytes)
+    pool = [torch.zeros(num_tokens, 1, page_bytes, dtype=torch.uint8, device=setting.device) for _ in ("k", "v")]
+    sent = torch.empty(len(pool), num_tokens, 1, page_bytes, dtype=torch.uint8, device=setting.device)
+    ids, in_order = torch.randperm(num_tokens, device=setting.device), torch.arange(num_tokens, device=setting.device)
+    run: Callable[[], None]
+    if engine.kernels is TRITON:
+        lengths = [page_bytes] * len(pool)
+        places = [PagePlace(buffer.data_ptr(), page_bytes, page_bytes) for buffer in pool]
+        copy = PageCopy.between(places, in_one_piece(sent.data_ptr(), 1, lengths), 1, lengths, setting.device)
+        run = partial(copy_pages_triton, copy, 0, len(pool), ids, in_order)
+    else:
+        run = partial(copy_pages_reference, pool, list(sent), ids, in_order)
+    return Case("gather pages", run, num_bytes=2 * sent.nbytes)
 
 
 def _name(call: Call) -> str:

@@ -39,6 +39,7 @@ class Prompt:
 PROMPTS = {
     "smollm2": Prompt("SmolLM2, 6,000 tokens", num_buffers=2 * 30, item_len=3 * 64 * 2, num_tokens=6000),
     "1gb": Prompt("Llama-3.1-8B, 8,192 tokens", num_buffers=2 * 32, item_len=8 * 128 * 2, num_tokens=8192),
+    "17gb": Prompt("Llama-3.1-8B, 131,072 tokens", num_buffers=2 * 32, item_len=8 * 128 * 2, num_tokens=131072),
 }
 
 
@@ -55,7 +56,10 @@ class Time:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS), help="whose KV to send")
+    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=["smollm2", "1gb"], help="whose KV to send")
+    parser.add_argument(
+        "--ways", nargs="+", metavar="NAME", help="only those whose names begin so, and what they are compared with"
+    )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
@@ -72,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     times: list[Time] = []
     notes: list[str] = []
     for name in args.prompts:
-        found, more = time_ways(PROMPTS[name], args.repeats, args.device)
+        found, more = time_ways(PROMPTS[name], args.repeats, args.device, tuple(args.ways or [""]))
         times += found
         notes += [note for note in more if note not in notes]
     print("\n".join(["", describe(times), "", *(f"- {note}" for note in notes)]))

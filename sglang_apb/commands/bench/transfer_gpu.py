@@ -16,13 +16,16 @@ from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
 from sglang_apb.commands.bench.transfer import Prompt
 from sglang_apb.transfer import planes
 from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL
+from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, TransferConfig
 from sglang_apb.transfer.direct import Memory
 from sglang_apb.transfer.exchange import Meeting
-from sglang_apb.transfer.pages import CudaPages, HostPages
+from sglang_apb.transfer.gpu_pages import CudaPages
+from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 from sglang_apb.transfer.wire import PageIds
 
+# What TransferConfig says is good for NVLink.
+LARGE_BUFFER_MB = 1024
 _AUX_BYTES = 1024
 _HEADS = range(1)
 
@@ -36,9 +39,8 @@ class GpuPool:
         torch.cuda.set_device(self.device)
         lens = [prompt.item_len] * prompt.num_buffers
         # In one piece, so that one NCCL call moves it.
-        self.whole = torch.empty(prompt.num_buffers, prompt.item_len * prompt.num_tokens, dtype=torch.uint8).to(
-            self.device
-        )
+        size = prompt.item_len * prompt.num_tokens
+        self.whole = torch.empty(prompt.num_buffers, size, dtype=torch.uint8, device=self.device)
         for index, buffer in enumerate(self.whole):
             buffer.fill_((fill + index) % 256)
         torch.cuda.synchronize()
@@ -48,14 +50,14 @@ class GpuPool:
 
     def to_offer(self) -> tuple[Memory | None, Meeting | None]:
         """The prefill side's."""
-        meeting = planes.meeting(self.pages, _HEADS, 1, AUTO, has_keys=False)
+        meeting = planes.meeting(self.pages, _HEADS, 1, TransferConfig(nccl_buffer_mb=LARGE_BUFFER_MB))
         return planes.memory_to_offer(self.pages, _HEADS, AUTO), meeting
 
     def mapping(self) -> Ways:
-        return planes.ways(self.pages, _HEADS, 1, CUDA_IPC, has_keys=False)
+        return planes.ways(self.pages, _HEADS, 1, TransferConfig(data_plane=CUDA_IPC))
 
-    def channels(self) -> Ways:
-        return planes.ways(self.pages, _HEADS, 1, NCCL, has_keys=False)
+    def channels(self, buffer_mb: int) -> Ways:
+        return planes.ways(self.pages, _HEADS, 1, TransferConfig(data_plane=NCCL, nccl_buffer_mb=buffer_mb))
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)

@@ -20,7 +20,7 @@ from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import transfer_gpu
 from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
 from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
-from sglang_apb.commands.bench.transfer_gpu import GpuPool, page_ids
+from sglang_apb.commands.bench.transfer_gpu import LARGE_BUFFER_MB, GpuPool, page_ids
 from sglang_apb.transfer import keys
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import CUDA_IPC, NCCL, ZMQ, TransferConfig
@@ -41,6 +41,7 @@ COPY, OVER_ZMQ, SCATTERED, CURVE, MOONCAKE = (
 )
 IPC, IPC_SCATTERED = "cuda_ipc", "cuda_ipc, scattered pages"
 CHANNEL, CHANNEL_SCATTERED = "nccl", "nccl, scattered pages"
+LARGE_CHANNEL = f"nccl, scattered pages, {LARGE_BUFFER_MB} MB"
 AT_ONCE = 4
 _WARM_UP = 2
 _POLL_S = 0.0001
@@ -75,13 +76,16 @@ class Pool:
             buffer[:] = 0
 
 
-def time_ways(prompt: Prompt, repeats: int, device: str) -> tuple[list[Time], list[str]]:
-    """Every way's times, and what to say of those that are missing."""
+def time_ways(
+    prompt: Prompt, repeats: int, device: str, names: tuple[str, ...] = ("",)
+) -> tuple[list[Time], list[str]]:
+    """The times of each way whose name begins with one of `names`, and what to say of those that are missing."""
     times, notes = [], []
     pool = make_pool(prompt, 0, device)
     with _prefill_side(prompt, device) as (pipe, folder):
         ways = _gpu_ways(pool, pipe) if isinstance(pool, GpuPool) else _cpu_ways(pool, pipe, folder)
-        for way, start in tqdm(ways.items(), desc=prompt.name, unit="way"):
+        chosen = {way: start for way, start in ways.items() if way.startswith((RAW, PLAIN_NCCL, *names))}
+        for way, start in tqdm(chosen.items(), desc=prompt.name, unit="way"):
             try:
                 with start() as once:
                     seconds = [once() for _ in range(_WARM_UP + repeats)][_WARM_UP:]
@@ -109,14 +113,17 @@ def _cpu_ways(pool: Pool, pipe: Connection, folder: Path) -> Starts:
 
 def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
     once = pool, pipe, None
+    usual, large = (pool.channels(buffer_mb) for buffer_mb in (TransferConfig().nccl_buffer_mb, LARGE_BUFFER_MB))
     return {
         PLAIN_NCCL: partial(transfer_gpu.receiving, pool, pipe),
         IPC: partial(_zmq, *once, scattered=False, ways=pool.mapping()),
         IPC_SCATTERED: partial(_zmq, *once, scattered=True, ways=pool.mapping()),
         f"{IPC}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=pool.mapping(), at_once=AT_ONCE),
-        CHANNEL: partial(_zmq, *once, scattered=False, ways=pool.channels()),
-        CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, ways=pool.channels()),
-        f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=pool.channels(), at_once=AT_ONCE),
+        CHANNEL: partial(_zmq, *once, scattered=False, ways=usual),
+        CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, ways=usual),
+        f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=usual, at_once=AT_ONCE),
+        LARGE_CHANNEL: partial(_zmq, *once, scattered=True, ways=large),
+        f"{LARGE_CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=large, at_once=AT_ONCE),
         OVER_ZMQ: partial(_zmq, *once, scattered=False),
     }
 
