@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common import conn
 from transfer_peers import AUX_LENS, COMPAT, make_pages, received, wait_for
 
+from sglang_apb.transfer import ownership
 from sglang_apb.transfer.fan_out import FanOut
 from sglang_apb.transfer.gpu_pages import open_pool
-from sglang_apb.transfer.heads import PagesByHeads, Shares, heads_of, overlap
+from sglang_apb.transfer.heads import PagesByHeads, Shares, heads_of
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.receiving import ReceivingEndpoint
+from sglang_apb.transfer.sender import ZmqKVSender
 from sglang_apb.transfer.sending import SendingEndpoint
 
 NUM_HEADS, PAGE_SIZE, NUM_PAGES, NUM_LAYERS = 4, 2, 60, 2
@@ -54,6 +58,11 @@ def test_what_a_decode_rank_gets_from_whom() -> None:
     shares = Shares.between(3, 4, [1, 1], 2, 8)
     assert (shares.heads, shares.of_ranks) == (range(6, 8), (range(6, 8),) * 2)
     assert (shares.asker, shares.num_askers, shares.part_of_rank) == (1, 2, [0, 0])
+    assert shares.page_shares == ((0, 1), (0, 1))
+    # More prefill ranks than heads: decode rank 1 of 2 asks ranks 4 to 7 of 8, on two context-parallel ranks each.
+    shares = Shares.between(1, 2, [4, 4, 5, 5, 6, 6, 7, 7], 8, 4)
+    assert shares.of_ranks == (range(2, 3),) * 4 + (range(3, 4),) * 4
+    assert shares.page_shares == ((0, 2), (0, 2), (1, 2), (1, 2)) * 2
     # Decode rank 0 of 2 asks prefill ranks 0 and 1 of 4.
     shares = Shares.between(0, 2, [0, 1], 4, 8)
     assert (shares.of_ranks, shares.part_of_rank) == ((range(0, 2), range(2, 4)), [0, 1])
@@ -137,11 +146,11 @@ class Servers:
             receiver.start()
 
     def prefill_ranks_of(self, decode_rank: int) -> list[int]:
-        return [
-            rank
-            for rank in range(self.prefill_size)
-            if overlap(self.heads[decode_rank], heads_of(rank, self.prefill_size, NUM_HEADS))
-        ]
+        """As SGLang maps them (common/conn.py, _resolve_rank_mapping)."""
+        if self.decode_size >= self.prefill_size:
+            return [decode_rank * self.prefill_size // self.decode_size]
+        num_ranks = self.prefill_size // self.decode_size
+        return list(range(decode_rank * num_ranks, (decode_rank + 1) * num_ranks))
 
     def stop(self) -> None:
         for endpoint in (*self.senders, *self.receivers):
@@ -157,9 +166,21 @@ def servers(prefill_size: int, decode_size: int) -> Iterator[Servers]:
         made.stop()
 
 
-@pytest.mark.parametrize(("prefill_size", "decode_size"), [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2), (2, 2)])
-def test_each_decode_rank_gets_its_heads(prefill_size: int, decode_size: int) -> None:
-    source, target, kept = np.arange(10, 31), np.arange(30, 51)[::-1].copy(), []
+def test_shares_of_pages() -> None:
+    ranges = [(0, 3), (5, 6), (10, 13)]
+    assert [ownership.share(ranges, index, 3) for index in range(3)] == [[(0, 2)], [(2, 3), (5, 6)], [(10, 13)]]
+    assert [ownership.share([(4, 5)], index, 2) for index in range(2)] == [[], [(4, 5)]]
+    assert ownership.share(ranges, 0, 1) == ranges
+
+
+@pytest.mark.parametrize(
+    ("prefill_size", "decode_size"), [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2), (2, 2), (8, 1), (8, 4), (16, 8), (4, 8)]
+)
+def test_each_decode_rank_gets_its_heads(
+    prefill_size: int, decode_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(dp_size=1))
+    source, target = np.arange(10, 31), np.arange(30, 51)[::-1].copy()
     with servers(prefill_size, decode_size) as peers:
         rooms = []
         for rank, receiver in enumerate(peers.receivers):
@@ -167,21 +188,43 @@ def test_each_decode_rank_gets_its_heads(prefill_size: int, decode_size: int) ->
             shares = Shares.between(rank, decode_size, ranks, prefill_size, NUM_HEADS)
             addresses = [Address("127.0.0.1", peers.senders[r].port) for r in ranks]
             rooms.append(receiver.open(1, addresses, target, 3, shares=shares))
-        for sender in peers.senders:
-            transfers = FanOut(sender, 1)
-            assert all_ask(transfers)
-            assert len(transfers.rooms) == max(decode_size // prefill_size, 1)
-            transfers.announce([(0, len(source))])
-            transfers.send_pages((0, len(source)), partial(np.copy, source), range(NUM_LAYERS))
-            transfers.finish(2, {})
-            kept.append(transfers)
+        senders = [kv_sender(endpoint) for endpoint in peers.senders]
+        for sender in senders:
+            assert wait_for(lambda sender=sender: sender.poll() == KVPoll.WaitingForInput)
+            assert len(sender._transfers.rooms) == max(decode_size // prefill_size, 1)
+            sender.init(len(source), 2)
+            for chunk in (source[:8], source[8:]):
+                sender.send(chunk)
         for room, pool, heads in zip(rooms, peers.targets, peers.heads, strict=True):
             assert received(room), room.reason
             assert rows(pool, target) == rows(pool_of(peers.model, heads), source)
-        for transfers in kept:
-            assert wait_for(lambda transfers=transfers: transfers.state is SendState.DONE)
-            assert transfers.num_bytes == rows_bytes(len(source)) // prefill_size
-            transfers.close("")
+            assert len(room.assembly.aux or b"") == sum(AUX_LENS)
+        for sender in senders:
+            assert wait_for(lambda sender=sender: sender.poll() == KVPoll.Success)
+        # Ranks with the same heads share the pages out.
+        sent = [sender.num_bytes for sender in senders]
+        assert max(sent) - min(sent) <= rows_bytes(1)
+        assert sum(sent) == sum(rows_bytes(len(source)) * len(heads) // NUM_HEADS for heads in peers.heads)
+        for sender in senders:
+            sender._close("")
+    assert "dropped a frame" not in caplog.text
+
+
+def kv_sender(endpoint: SendingEndpoint) -> ZmqKVSender:
+    """SGLang's sender of a request on a rank with that endpoint."""
+    manager = SimpleNamespace(
+        sending=endpoint,
+        num_layers=NUM_LAYERS,
+        attn_cp_rank=0,
+        attn_cp_size=1,
+        is_dummy_cp_rank=False,
+        request_status={},
+        update_status=lambda room, status: None,
+        contact_seconds=30.0,
+        bootstrap_timeout=30.0,
+        waiting_timeout=30.0,
+    )
+    return ZmqKVSender(manager, "127.0.0.1:1", 1, [0], 0)  # type: ignore[arg-type]
 
 
 def ask_one(peers: Servers) -> tuple[list[ReceiveRoom], FanOut]:

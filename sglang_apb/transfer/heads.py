@@ -3,6 +3,12 @@
 heads of the model   [0 1 2 3 4 5 6 7]
 prefill, tp 2        [0 1 2 3] [4 5 6 7]
 decode, tp 4         [0 1] [2 3] [4 5] [6 7]     each prefill rank sends to two, half of its heads each
+
+With more ranks than heads, several have the same: each sends a part of the pages.
+
+heads of the model   [0 1]
+prefill, tp 4        [0] [0] [1] [1]
+decode, tp 1         [0 1]
 """
 
 from __future__ import annotations
@@ -47,7 +53,9 @@ def find_no_overlap(ours: range, asked: range) -> str:
 
 @dataclass(frozen=True)
 class Shares:
-    """Which of a decode rank's KV `heads` each prefill rank brings it, numbered as in the model.
+    """Which of a decode rank's KV `heads` each prefill rank brings it, numbered as in the model, and which share of its
+    pages: (index, number of shares), 1 where no other tensor-parallel rank has the same heads. Without `page_shares`
+    none has.
 
     `num_askers` decode ranks ask these prefill ranks, and this one is number `asker` of them.
     Raises ValueError when the parts are not equal, or leave a head out.
@@ -57,8 +65,11 @@ class Shares:
     of_ranks: tuple[range, ...]
     asker: int = 0
     num_askers: int = 1
+    page_shares: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.page_shares:
+            object.__setattr__(self, "page_shares", ((0, 1),) * len(self.of_ranks))
         together = [head for part in self._parts for head in part]
         if together != list(self.heads) or len({len(part) for part in self._parts}) > 1:
             raise ValueError(
@@ -75,7 +86,11 @@ class Shares:
         mine = heads_of(tp_rank, tp_size, num_kv_heads)
         of_ranks = tuple(overlap(mine, heads_of(rank, prefill_size, num_kv_heads)) for rank in prefill_ranks)
         num_askers = max(tp_size // prefill_size, 1)
-        return cls(mine, of_ranks, tp_rank % num_askers, num_askers)
+        same_heads = [
+            sorted({r for r, of in zip(prefill_ranks, of_ranks, strict=True) if of == part}) for part in of_ranks
+        ]
+        page_shares = tuple((same.index(rank), len(same)) for rank, same in zip(prefill_ranks, same_heads, strict=True))
+        return cls(mine, of_ranks, tp_rank % num_askers, num_askers, page_shares)
 
     @property
     def part_of_rank(self) -> list[int]:

@@ -40,6 +40,17 @@ def count(ranges: Sequence[PageRange]) -> int:
     return sum(end - start for start, end in ranges)
 
 
+def share(ranges: Sequence[PageRange], index: int, num_shares: int) -> list[PageRange]:
+    """Number `index` of `num_shares` about equal parts of the ranges' pages, in their order."""
+    num_pages = count(ranges)
+    low, high = (num_pages * number // num_shares for number in (index, index + 1))
+    parts, before = [], 0
+    for start, end in ranges:
+        parts += clip([(start, end)], (start + low - before, start + high - before))
+        before += end - start
+    return parts
+
+
 def find_partition_error(ranges_of_rank: Sequence[Sequence[PageRange]], num_pages: int) -> str | None:
     """None when the ranks' ranges cover every page of [0, num_pages) exactly once; else what is wrong."""
     owned = sorted((start, end, rank) for rank, ranges in enumerate(ranges_of_rank) for start, end in ranges)

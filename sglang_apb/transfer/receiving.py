@@ -143,8 +143,9 @@ class ReceivingEndpoint(SocketLoop):
             self._rooms[room] = opened
             self._expected.pop(room, None)
         heads = (self._heads.start, self._heads.stop)
-        ask = Ask(self._compat, len(pages), prefix_tokens, heads, shares.num_askers)
-        self.call(partial(self._send_all, ranks, wire.pack_message(ask, room, attempt, shares.asker)))
+        for address, share in zip(ranks, shares.page_shares, strict=True):
+            ask = Ask(self._compat, len(pages), prefix_tokens, heads, shares.num_askers, share)
+            self.call(partial(self._send, address, wire.pack_message(ask, room, attempt, shares.asker)))
         return opened
 
     def close(self, room: ReceiveRoom, reason: str = "") -> None:

@@ -127,7 +127,7 @@ class ZmqKVSender(CommonKVSender):
             ids = kv_indices[start - first : end - first].astype(np.int64)
             self._transfers.send_pages((start, end), partial(_same, ids), layers, is_final)
         if self.curr_idx == self.num_kv_indices:
-            aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 else None
+            aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 and self._share()[0] == 0 else None
             self._transfers.finish(aux_index, self._info)
         self._last_send = time.time()
 
@@ -180,8 +180,14 @@ class ZmqKVSender(CommonKVSender):
         """The owned ranges, counted from the first page that is sent (after the decode server's prefix)."""
         if self._owned is None:
             rank, num_ranks = self.kv_mgr.attn_cp_rank, self.kv_mgr.attn_cp_size
-            return [_get_cp_rank_page_bounds(self.num_kv_indices, rank, num_ranks)]
-        return ownership.clip(ownership.shift(self._owned, -self._prefix_pages), (0, self.num_kv_indices))
+            owned = [_get_cp_rank_page_bounds(self.num_kv_indices, rank, num_ranks)]
+        else:
+            owned = ownership.clip(ownership.shift(self._owned, -self._prefix_pages), (0, self.num_kv_indices))
+        return ownership.share(owned, *self._share())
+
+    def _share(self) -> tuple[int, int]:
+        """Of ranks with the same heads, as the decode rank says: several ask one rank only where it has no double."""
+        return next((ask.share for ask in self._transfers.asks), (0, 1))
 
     def _check_num_pages(self) -> bool:
         asks = self._transfers.asks

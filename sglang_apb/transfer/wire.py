@@ -124,7 +124,8 @@ class Block:
 class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Decode to prefill: `num_pages` pages wait for this room's KV after `prefix_tokens`, which are there.
 
-    They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own.
+    They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own. That
+    is number share[0] of share[1] prefill ranks with the same heads and tokens, and sends such a part of its pages.
     """
 
     compat: Compat
@@ -132,6 +133,11 @@ class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefix_tokens: PageNumber
     heads: tuple[HeadNumber, HeadNumber]
     num_askers: Annotated[int, Meta(ge=1, le=MAX_ASKERS)] = 1
+    share: tuple[HeadNumber, HeadNumber] = (0, 1)
+
+    def __post_init__(self) -> None:
+        if self.share[0] >= self.share[1]:
+            raise ValueError(f"share {self.share[0]} of {self.share[1]}")
 
 
 class Announce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
