@@ -16,6 +16,7 @@ from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.ways import Way, Ways
 from sglang_apb.transfer.wire import Block, Frame, Join, Kind, WireError
+from sglang_apb.transfer.worker import Worker
 
 OWNED = {1: [[(0, 120)]], 2: [[(0, 30), (90, 120)], [(30, 90)]]}
 
@@ -251,3 +252,19 @@ def test_frames_that_are_not_expected_change_nothing() -> None:
         sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
         sender.finish(room, 5, {})
         assert received(decode)
+
+
+def test_a_worker_runs_calls_in_their_order_and_goes_on_after_an_error() -> None:
+    worker, ran = Worker("test"), []
+    may_go_on = threading.Event()
+    worker.submit(lambda: may_go_on.wait(10))
+    futures = [worker.submit(partial(ran.append, number)) for number in range(3)]
+    failed = worker.submit(lambda: 1 / 0)
+    last = worker.submit(lambda: "done")
+    worker.end()
+    assert not ran and not any(future.done() for future in futures)
+    may_go_on.set()
+    assert last.result(10) == "done" and ran == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        failed.result()
+    assert wait_for(lambda: all(thread.name != "test" for thread in threading.enumerate()))

@@ -31,8 +31,8 @@
     direct, cuda_ipc
                 pages that are read where they lie: who is given a handle on them; CUDA's handles
     exchange, nccl
-                blocks that are fetched when both sides are ready; NCCL's communicators
-    gpu_pages   where some heads' pages lie in GPU memory
+                blocks that are fetched when both sides are ready; NCCL's communicators, each in a worker's thread
+    gpu_pages   some heads' pages in GPU memory: where they lie, and how they get into one piece
 
     manager, sender, receiver, bootstrap, directory
                 SGLang's interfaces (`disaggregation/base/conn.py`) on top of the above

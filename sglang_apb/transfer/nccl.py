@@ -156,6 +156,7 @@ class _Channel:
 
     def _abort(self) -> None:
         self._communicator.abort()
+        self._copies.synchronize()  # one may be queued behind a block that was not taken
 
     def _num_bytes(self, part: range, block: Block) -> int:
         return wire.block_bytes(block, self._side.page_lens(part))
