@@ -12,7 +12,10 @@ import zmq
 from transfer_peers import AUX_LENS, COMPAT, ITEM_LENS, Cluster
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.exchange import MIN_SLOT_BYTES
 from sglang_apb.transfer.wire import Announce, Ask, Block, End, Join, Kind, Stop
+
+SLOTS = (0, MIN_SLOT_BYTES, 2**62)
 
 Parts: TypeAlias = list[wire.Buffer]
 
@@ -106,7 +109,8 @@ def huge_message(rng: random.Random, room: int, attempt: int) -> Parts:
     kind = rng.choice((Kind.ASK, Kind.ANNOUNCE, Kind.END, Kind.STOP))
     body = rng.choice((b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 100_000))
     lens = [1] * 8192
-    asks = Ask(msgspec.structs.replace(COMPAT, kv_head_lens=lens, aux_item_lens=lens), 2**26, 2**26, (0, 2**16))
+    large = msgspec.structs.replace(COMPAT, kv_head_lens=lens, aux_item_lens=lens)
+    asks = Ask(large, 2**26, 2**26, (0, 2**16), share=(rng.randrange(2**16), 2**16))
     ranges = Announce([(2 * page, 2 * page + 1) for page in range(wire.MAX_RANGES)])
     return rng.choice(
         (wire.pack(kind, room, attempt, body), wire.pack_message(rng.choice((asks, ranges)), room, attempt))
@@ -128,8 +132,8 @@ def other_ways(rng: random.Random, room: int, attempt: int) -> Parts:
             wire.pack(Kind.READY, room, attempt, block.pack()),
             wire.pack(Kind.FETCH, room, attempt, wire.pack_fetch(block, rng.choice((0, 1, 2**26, 2**63)))),
             wire.pack(Kind.KEPT, room, attempt),
-            wire.pack_message(Join(gpu=rng.choice(("", "mine"))), room, attempt),
-            wire.pack_message(Join(unique_id=rng.randbytes(128)), room, attempt),
+            wire.pack_message(Join(gpu=rng.choice(("", "mine")), slot_bytes=rng.choice(SLOTS)), room, attempt),
+            wire.pack_message(Join(unique_id=rng.randbytes(128), slot_bytes=rng.choice(SLOTS)), room, attempt),
         )
     )
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transfer_peers import AUX_LENS, make_pages, received, send_owned, wait_for
 
-from sglang_apb.transfer import nccl, planes
+from sglang_apb.transfer import planes, receiving
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.direct import Memory
-from sglang_apb.transfer.exchange import ExchangeError, Meeting
+from sglang_apb.transfer.exchange import Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.inbox import ReceiveState
@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NUM_LAYERS, NUM_PAGES, PAGE_SIZE, NUM_HEADS, HEAD_BYTES = 3, 20_000, 2, 4, 256
 HEAD_LENS = [PAGE_SIZE * HEAD_BYTES] * 2 * NUM_LAYERS
 COMPAT = Compat("Toy", "toy", "bfloat16", PAGE_SIZE, NUM_HEADS, HEAD_LENS, list(AUX_LENS))
+OPEN = TransferConfig(allow_unencrypted=True)
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 PLANES = pytest.mark.parametrize("plane", ["cuda_ipc", pytest.param("nccl", marks=TWO_GPUS)])
 # A process that dies is noticed in less.
@@ -72,7 +73,7 @@ def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True
 
 def to_offer(pages: CudaPages, heads: range) -> tuple[Memory | None, Meeting | None]:
     memory = planes.memory_to_offer(pages, heads, "auto")
-    return memory, planes.meeting(pages, heads, PAGE_SIZE, TransferConfig())
+    return memory, planes.meeting(pages, heads, PAGE_SIZE, OPEN)
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
 
 
 def receiver_of(pages: CudaPages, heads: range, plane: str) -> ReceivingEndpoint:
-    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane))
+    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane, allow_unencrypted=True))
     receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, ways=ways)
     receiver.start()
     return receiver
@@ -105,7 +106,10 @@ def until_found(receiver: ReceivingEndpoint) -> None:
 @PLANES
 @pytest.mark.parametrize("theirs", [range(4), range(2, 4)], ids=str)
 @pytest.mark.parametrize("ours", [range(4), range(2, 4)], ids=str)
-def test_a_gpu_gets_the_other_processs_pages(plane: str, theirs: range, ours: range) -> None:
+def test_a_gpu_gets_the_other_processs_pages(
+    plane: str, theirs: range, ours: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "FETCH_POLL_MS", 60_000)  # a block that has come is told of
     if len(theirs) < len(ours):
         pytest.skip("the other half comes from another rank")
     pages, pool = gpu_pages(torch.cuda.device_count() - 1, ours, seed=None)
@@ -144,22 +148,24 @@ def test_auto_takes_nccl_where_a_pool_cannot_be_read() -> None:
         receiver.stop()
 
 
-def test_nccl_needs_to_be_named_where_there_are_keys() -> None:
+def test_nccl_needs_to_be_named_or_an_open_network() -> None:
     pages, _ = gpu_pages(0, range(NUM_HEADS), seed=None)
-    keys = {"secret_key": "prefill0.key_secret", "peers": "peers"}
-    for plane, more, is_possible in (("auto", {}, True), ("auto", keys, False), ("nccl", keys, True)):
-        config = TransferConfig(data_plane=plane, **more)
+    is_open, keys = {"allow_unencrypted": True}, {"secret_key": "prefill0.key_secret", "peers": "peers"}
+    for plane, settings, is_possible in (
+        *(("auto", {}, False), ("auto", is_open, True), ("auto", is_open | keys, False)),
+        *(("nccl", {}, True), ("nccl", keys, True)),
+    ):
+        config = TransferConfig(data_plane=plane, **settings)
         assert (planes.meeting(pages, range(NUM_HEADS), PAGE_SIZE, config) is not None) == is_possible
         ways = planes.ways(pages, range(NUM_HEADS), PAGE_SIZE, config)
         assert (ways.meeting is not None) == is_possible and ways.zmq_too == (plane == "auto")
 
 
-def test_no_channel_takes_the_memory_that_prefill_or_decode_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
-    with pytest.raises(
-        ExchangeError, match="4 MB of GPU memory, and of 1024 MB that are free 1024 are to stay so: lower"
-    ):
-        nccl._allocate_slots(1 << 20, torch.device("cuda", 0))
+def test_a_buffer_that_holds_no_pages_is_refused() -> None:
+    page_bytes = 5 << 20
+    pages = CudaPages([torch.zeros(2 * page_bytes, dtype=torch.uint8, device="cuda")] * 2, [page_bytes] * 2)
+    with pytest.raises(ValueError, match=r"nccl_buffer_mb 16 .* holds no 4 pages of 5242880 bytes: use 20 or more"):
+        planes.meeting(pages, range(1), 1, TransferConfig(data_plane="nccl", nccl_buffer_mb=16))
 
 
 @PLANES

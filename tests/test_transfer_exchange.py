@@ -8,9 +8,11 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
+import transfer_peers
 from transfer_peers import ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
-from sglang_apb.transfer import exchange, ways, wire
+from sglang_apb.transfer import exchange, loop, nccl, receiving, sending, ways, wire
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
 from sglang_apb.transfer.inbox import ReceiveState
 from sglang_apb.transfer.outbox import SendState
@@ -61,6 +63,34 @@ def test_blocks_are_fetched(num_ranks: int, sizes: dict[str, int], monkeypatch: 
                     assert rows(peers.pool, target[start:end]) == rows(peers.pools[rank], source[start:end])
             assert decode.data_plane == "nccl" and all(room.is_offered for room in of_request)
             assert decode.assembly.num_bytes == sum(room.num_bytes for room in of_request) == 120 * sum(ITEM_LENS)
+
+
+def test_a_block_is_placed_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else wakes the decode rank here."""
+    monkeypatch.setattr(receiving, "FETCH_POLL_MS", 60_000)
+    monkeypatch.setattr(loop, "PING_MS", 60_000)
+    monkeypatch.setattr(sending, "PROBE_MS", 60_000)
+    with cluster(tubes=Tubes()) as peers:
+        connect(peers)
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        peers.senders[0].announce(room, [(0, 8)])
+        peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))
+        assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
+
+
+def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with cluster(tubes=Tubes()) as peers:
+        connect(peers)
+        monkeypatch.setattr(transfer_peers._TubeEnd, "write", fail)
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert not received(decode)
+        assert "could not be placed: no space left on device" in decode.reason
 
 
 def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
@@ -181,6 +211,30 @@ def test_channels_are_closed_when_a_rank_is_gone() -> None:
         peers.receiver.start = peers.receiver.stop = lambda: None  # type: ignore[method-assign]
 
 
+@pytest.mark.parametrize("side", ["prefill's", "decode's"])
+def test_where_there_is_no_memory_for_a_channel_pages_are_sent(side: str) -> None:
+    tubes = Tubes()
+    tubes.has_memory[side] = False
+    with cluster(tubes=tubes) as peers:
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        time.sleep(0.1)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert received(decode), decode.reason
+        assert decode.data_plane == "zmq" and not tubes.ends
+
+
+def test_a_channel_leaves_a_gpu_some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted when it has its own: what PyTorch keeps of a channel that was closed is used again."""
+    for left, is_enough in ((1023, False), (1024, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, left=left: (left << 20, 80 << 30))
+        if is_enough:
+            assert nccl.find_memory(1 << 20, torch.device("cpu")).nbytes == 4 << 20
+            continue
+        with pytest.raises(ExchangeError, match=r"beside the 4 MB of a channel 1023 MB .* would be free, and 1024 are"):
+            nccl.find_memory(1 << 20, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("zmq_too", [True, False])
 def test_where_there_is_no_channel_pages_are_sent(zmq_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ranks on one GPU."""
@@ -203,8 +257,10 @@ def test_where_there_is_no_channel_pages_are_sent(zmq_too: bool, monkeypatch: py
 def test_channels_that_are_never_met_are_of_bounded_number() -> None:
     said: list[Join] = []
     never = threading.Event()
-    meeting = Meeting("prefill's", lambda: b"id", lambda *_: never.wait(10), lambda *_: None, 1 << 30)  # type: ignore[arg-type,return-value]
+    meeting = Meeting("prefill's", lambda: b"id", lambda *_: never.wait(10), lambda *_: None, 1 << 30, int)  # type: ignore[arg-type,return-value]
     ends = PrefillEnds(meeting, lambda command: None, lambda name, join: said.append(join), lambda name, reason: None)
+    ends.join(b"unknown", Join(unique_id=b"id"))
+    assert "no such channel" in said.pop().reason
     ends.join(b"small", Join(gpu="decode's", slot_bytes=exchange.MIN_SLOT_BYTES - 1))
     assert f"are less than {exchange.MIN_SLOT_BYTES}" in said.pop().reason
     for number in range(exchange.MAX_MAKING + 1):

@@ -173,9 +173,11 @@ def test_shares_of_pages() -> None:
     assert ownership.share(ranges, 0, 1) == ranges
 
 
-@pytest.mark.parametrize(
-    ("prefill_size", "decode_size"), [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2), (2, 2), (8, 1), (8, 4), (16, 8), (4, 8)]
-)
+SIZES = [(1, 2), (1, 4), (2, 4), (2, 1), (4, 2), (2, 2), (4, 8)]
+MORE_THAN_HEADS = [(8, 1), (8, 4), (8, 8), (8, 16), (16, 8)]
+
+
+@pytest.mark.parametrize(("prefill_size", "decode_size"), SIZES + MORE_THAN_HEADS)
 def test_each_decode_rank_gets_its_heads(
     prefill_size: int, decode_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -117,16 +117,23 @@ class Tubes:
     """In place of NCCL: a block goes over when both ends are there for it, in order. Each `meeting` is one side's."""
 
     def __init__(self) -> None:
-        self._posted: dict[bytes, deque[tuple[int, bytearray]]] = {}
+        self._posted: dict[bytes, deque[tuple[int, bytearray, Callable[[], None]]]] = {}
         self._ids = itertools.count()
         self.ends: list[_TubeEnd] = []
         self.before_arrival: Callable[[], bool] = lambda: True
         self.before_send: Callable[[], None] = lambda: None
         self.slot_bytes: dict[str, int] = {}  # of the side with that GPU
+        self.has_memory: dict[str, bool] = {}
 
     def meeting(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> Meeting:
         make = partial(_TubeEnd, self, pages=pages, heads=heads, page_size=page_size)
-        return Meeting(gpu, self._new_id, make, make, self.slot_bytes.get(gpu, 1 << 26))
+        return Meeting(
+            gpu, self._new_id, make, make, self.slot_bytes.get(gpu, 1 << 26), partial(self._check_memory, gpu)
+        )
+
+    def _check_memory(self, gpu: str, slot_bytes: int) -> None:
+        if not self.has_memory.get(gpu, True):
+            raise ExchangeError(f"no memory for {slot_bytes} bytes")
 
     def _new_id(self) -> bytes:
         unique_id = str(next(self._ids)).encode()
@@ -169,14 +176,16 @@ class _TubeEnd:
         except Exception as error:
             self._tell(str(error))
             return
-        num_bytes, slot = self._posted.popleft()
+        num_bytes, slot, wake = self._posted.popleft()
         assert len(payload) == num_bytes and not slot
         slot += payload
+        wake()
 
-    def post(self, slot: int, num_bytes: int) -> Ticket:
+    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
         assert num_bytes <= self.slot_bytes
         target = self._slots[slot] = bytearray()
-        self._posted.append((num_bytes, target))
+        self._posted.append((num_bytes, target, self._tell))
+        when_queued()
         return lambda: len(target) == num_bytes and self._tubes.before_arrival()
 
     def write(self, slot: int, part: range, block: wire.Block, ids: np.ndarray) -> None:

@@ -24,7 +24,7 @@ class TransferConfig:
         AUTO,
         "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
         "server's memory: one machine, one user), nccl (from GPU to GPU, never encrypted), or auto: the first of "
-        "cuda_ipc, nccl (where there are no keys) and zmq that works",
+        "cuda_ipc, nccl (with allow_unencrypted, without keys) and zmq that works",
     )
     nccl_buffer_mb: int = setting(
         256,

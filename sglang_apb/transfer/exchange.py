@@ -1,6 +1,6 @@
 """Blocks that are fetched: over a channel for which both sides must be ready at once (nccl.py).
 
-    decode    JOIN: its GPU, bytes of a slot  -->
+    decode    JOIN: its GPU, slot bytes  -->
               <--  JOIN: where to meet, or why not     prefill
               both make their end of the channel
     decode    JOIN: it has its end       -->           from here on blocks are not sent but said to be READY
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Blocks that are on their way at once: one is copied on either side while one is sent, and one is asked for.
 NUM_SLOTS = 4
-# Of a page at the least; who asks for less is not one of ours.
+# What a setting may ask for is not less.
 MIN_SLOT_BYTES = 4 << 20
 # Each has a thread until the other side has come, or has not for too long.
 MAX_MAKING = 16
@@ -63,9 +63,9 @@ class SendingChannel(Protocol):
 class ReceivingChannel(Protocol):
     slot_bytes: int
 
-    def post(self, slot: int, num_bytes: int) -> Ticket:
-        """Queues the receiving of the next block into a slot. The ticket says whether it is there, and raises
-        RuntimeError when it can not come any more.
+    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
+        """Has the next block received into a slot; once `when_queued` has been called, in any thread, it may come.
+        The ticket says whether it is there, and raises RuntimeError when it can not come any more.
         """
         ...
 
@@ -78,7 +78,8 @@ class ReceivingChannel(Protocol):
 
 @dataclass(frozen=True)
 class Meeting:
-    """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way.
+    """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way. `check_memory`
+    raises RuntimeError when there is none for slots of so many bytes.
 
     Both make slots of the smaller `slot_bytes`. `sender` also takes what is to be called when a block could not be
     sent, with the reason, and `receiver` what is to be called when one is there: in any thread.
@@ -89,6 +90,7 @@ class Meeting:
     sender: Callable[[bytes, int, Callable[[str], None]], SendingChannel]
     receiver: Callable[[bytes, int, Callable[[], None]], ReceivingChannel]
     slot_bytes: int
+    check_memory: Callable[[int], None]
 
 
 @dataclass
@@ -114,13 +116,15 @@ class PrefillEnds:
     def join(self, identity: bytes, join: Join) -> None:
         if identity in self._ends:
             self._ends[identity].is_met |= bool(join.unique_id)
+        elif join.unique_id:
+            self._reply(identity, Join(reason="the prefill server has no such channel, or not any more"))
         elif join.gpu == self._meeting.gpu:
             self._reply(identity, Join(reason="both ranks are on one GPU"))
         elif self._num_making >= MAX_MAKING:
             self._reply(identity, Join(reason=f"{MAX_MAKING} channels are being made already"))
         elif (slot_bytes := min(join.slot_bytes, self._meeting.slot_bytes)) < MIN_SLOT_BYTES:
             self._reply(identity, Join(reason=f"slots of {slot_bytes} bytes are less than {MIN_SLOT_BYTES}"))
-        elif not join.unique_id:
+        else:
             self._ends[identity] = _End()
             self._num_making += 1
             make = partial(self._make, identity, slot_bytes)
@@ -138,6 +142,7 @@ class PrefillEnds:
 
     def _make(self, identity: bytes, slot_bytes: int) -> None:
         try:
+            self._meeting.check_memory(slot_bytes)
             unique_id = self._meeting.new_id()
             self._call(partial(self._reply, identity, Join(unique_id=unique_id, slot_bytes=slot_bytes)))
             channel = self._meeting.sender(unique_id, slot_bytes, partial(self._tell_broken, identity))
@@ -186,6 +191,7 @@ class Fetcher:
     """A decode rank's end of one channel. Everything is the endpoint's thread's."""
 
     def __init__(self, channel: ReceivingChannel, send: Callable[[list[Buffer]], None]):
+        """`send` may be called in any thread."""
         self.channel = channel
         self._send = send
         self._waiting: deque[Fetch] = deque()
@@ -218,9 +224,8 @@ class Fetcher:
     def _post(self) -> None:
         while self._free and self._waiting:
             fetch = self._waiting.popleft()
-            slot = self._free.popleft()
-            ticket = self.channel.post(slot, fetch.num_bytes)
-            self._coming.append(_Coming(slot, fetch, ticket, time.monotonic()))
-            room = fetch.room
+            slot, room = self._free.popleft(), fetch.room
             body = wire.pack_fetch(fetch.block, fetch.num_bytes)
-            self._send(wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker))
+            frame = wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker)
+            ticket = self.channel.post(slot, fetch.num_bytes, partial(self._send, frame))
+            self._coming.append(_Coming(slot, fetch, ticket, time.monotonic()))

@@ -100,6 +100,9 @@ class StagedPages:
         self._ids = UploadedIds(device)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._reserve(BLOCK_BYTES)
+        first_page = np.zeros(1, np.int64)
+        for buffer in range(len(self.item_lens)):  # Triton compiles now
+            self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
         from sglang_apb.kernels.page_copy import copy_pages_triton
@@ -148,9 +151,6 @@ class CudaPages(StagedPages):
         addresses = [buffer.data_ptr() for buffer in buffers]
         num_pages = min(len(buffer) // size for buffer, size in zip(buffers, item_lens, strict=True))
         super().__init__(GpuSide(addresses, item_lens, range(1), 1), range(1), num_pages, buffers[0].device)
-        first_page = np.zeros(1, np.int64)
-        for buffer in range(len(self.buffers)):  # Triton compiles now, and no request waits for it
-            self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
 
 
 def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages | CudaPages:

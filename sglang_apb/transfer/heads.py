@@ -4,7 +4,7 @@ heads of the model   [0 1 2 3 4 5 6 7]
 prefill, tp 2        [0 1 2 3] [4 5 6 7]
 decode, tp 4         [0 1] [2 3] [4 5] [6 7]     each prefill rank sends to two, half of its heads each
 
-With more ranks than heads, several have the same: each sends a part of the pages.
+With more ranks than heads, several have the same. Of those that one decode rank asks, each sends a part of the pages.
 
 heads of the model   [0 1]
 prefill, tp 4        [0] [0] [1] [1]
@@ -54,8 +54,8 @@ def find_no_overlap(ours: range, asked: range) -> str:
 @dataclass(frozen=True)
 class Shares:
     """Which of a decode rank's KV `heads` each prefill rank brings it, numbered as in the model, and which share of its
-    pages: (index, number of shares), 1 where no other tensor-parallel rank has the same heads. Without `page_shares`
-    none has.
+    pages: (index, number of tensor-parallel ranks with the same heads that this decode rank asks). Without
+    `page_shares` there are no two.
 
     `num_askers` decode ranks ask these prefill ranks, and this one is number `asker` of them.
     Raises ValueError when the parts are not equal, or leave a head out.
@@ -148,12 +148,20 @@ class PagesByHeads:
     def __init__(self, pages: HostPages | CudaPages, heads: range, page_size: int):
         self._whole, self._heads, self._page_size = pages, heads, page_size
         self._parts: dict[range, Pages] = {heads: pages}
+        if isinstance(pages, CudaPages):
+            self._compile()
 
     def of(self, part: range) -> Pages:
         """Made at its first use, which must not be in two threads at once."""
         if part not in self._parts:
             self._parts[part] = self._cut_out(part)
         return self._parts[part]
+
+    def _compile(self) -> None:
+        """What copies parts of the sizes that other tensor-parallel sizes ask for: no request is to wait for Triton."""
+        for num_heads in range(1, len(self._heads)):
+            if len(self._heads) % num_heads == 0:
+                self._cut_out(range(self._heads.start, self._heads.start + num_heads))
 
     def _cut_out(self, part: range) -> Pages:
         whole = self._whole

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,10 @@ PREFILL, DECODE = 0, 1
 _IN_PROGRESS = 7  # ncclInProgress (nccl.h)
 _UINT8 = 1
 _CONNECT_S = 20.0
+_PAUSE_S = 0.001
 _CALL_S = 2.0
 # NCCL's kernel takes that many multiprocessors of a GPU that computes beside it. NVLink needs them (H200: 8 reach 257
-# of 358 GB/s); over a network NCCL takes fewer by itself.
+# of 359 GB/s, 16 reach 354); over a network NCCL takes fewer by itself.
 _MAX_CTAS = 16
 # Of GPU memory, for what the server computes, beside NCCL's own.
 _SPARE_BYTES = 1 << 30
@@ -64,7 +65,7 @@ class Communicator:
         with torch.cuda.device(device):
             code = self._lib.ncclCommInitRankConfig(ctypes.byref(self._comm), 2, identity, rank, ctypes.byref(config))
             try:
-                self._wait(code, _CONNECT_S)
+                self._wait(code, _CONNECT_S, pause=_PAUSE_S)
                 self._connect(device)
             except ExchangeError:
                 self.abort()
@@ -91,20 +92,20 @@ class Communicator:
         """The first send connects both sides, for which each has to wait for the other."""
         byte = torch.zeros(1, dtype=torch.uint8, device=device)
         function = self._lib.ncclRecv if self._peer == PREFILL else self._lib.ncclSend
-        self._call(function, byte.data_ptr(), 1, _CONNECT_S)
+        self._call(function, byte.data_ptr(), 1, _CONNECT_S, _PAUSE_S)
         deadline = time.monotonic() + _CONNECT_S
         while not self.stream.query():
             if time.monotonic() > deadline:
                 raise ExchangeError(f"the other side has not come within {_CONNECT_S:g} s")
-            time.sleep(0.001)
+            time.sleep(_PAUSE_S)
 
-    def _call(self, function: Any, address: int, num_bytes: int, seconds: float) -> None:
+    def _call(self, function: Any, address: int, num_bytes: int, seconds: float, pause: float = 0.0) -> None:
         if not self._comm:
             raise ExchangeError("the communicator is closed")
         code = function(address, num_bytes, _UINT8, self._peer, self._comm, self.stream.cuda_stream)
-        self._wait(code, seconds)
+        self._wait(code, seconds, pause)
 
-    def _wait(self, code: int, seconds: float) -> None:
+    def _wait(self, code: int, seconds: float, pause: float) -> None:
         deadline = time.monotonic() + seconds
         state = ctypes.c_int(code)
         while state.value == _IN_PROGRESS:
@@ -112,6 +113,7 @@ class Communicator:
                 raise ExchangeError("the channel is closed")
             if time.monotonic() > deadline:
                 raise ExchangeError(f"NCCL has not finished a call within {seconds:g} s")
+            time.sleep(pause)
             self._lib.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
         if state.value:
             raise ExchangeError(f"NCCL: {_library().ncclGetErrorString(state.value)}")
@@ -144,8 +146,12 @@ class _Channel:
         self._pool_ids = UploadedIds(self._device)
         self._tables: dict[tuple[int, range], PageCopy] = {}
         self._uploads, self._copies = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
-        self._slots = _allocate_slots(slot_bytes, self._device)
         self._communicator = Communicator(unique_id, rank, self._device)
+        try:
+            self._slots = find_memory(slot_bytes, self._device)
+        except RuntimeError:
+            self._communicator.abort()
+            raise
         self._worker = Worker("kv-nccl")
 
     def close(self) -> None:
@@ -177,15 +183,26 @@ class _Channel:
             copy_pages_triton(table, block.first_buffer, block.num_buffers, *(reversed(there) if to_pool else there))
 
 
-def _allocate_slots(slot_bytes: int, device: torch.device) -> torch.Tensor:
-    num_bytes = NUM_SLOTS * slot_bytes
-    free, _ = torch.cuda.mem_get_info(device)
-    if free < num_bytes + _SPARE_BYTES:
+_allocating = threading.Lock()
+
+
+def find_memory(slot_bytes: int, device: torch.device) -> torch.Tensor:
+    """Slots. Raises ExchangeError when too little would be left beside them, RuntimeError when there is not as much."""
+    with _allocating:  # several channels are made at once
+        slots = torch.empty(NUM_SLOTS, slot_bytes, dtype=torch.uint8, device=device)
+        left, _ = torch.cuda.mem_get_info(device)
+    if left < _SPARE_BYTES:
         raise ExchangeError(
-            f"a channel takes {num_bytes >> 20} MB of GPU memory, and of {free >> 20} MB that are free "
-            f"{_SPARE_BYTES >> 20} are to stay so: lower --mem-fraction-static or nccl_buffer_mb of {OPTION}"
+            f"beside the {slots.nbytes >> 20} MB of a channel {left >> 20} MB of GPU memory would be free, and "
+            f"{_SPARE_BYTES >> 20} are to be: lower --mem-fraction-static or nccl_buffer_mb of {OPTION}"
         )
-    return torch.empty(NUM_SLOTS, slot_bytes, dtype=torch.uint8, device=device)
+    return slots
+
+
+def check_memory(device: torch.device, slot_bytes: int) -> None:
+    """Before the other side is asked to come. Raises as `find_memory`."""
+    with torch.cuda.device(device):
+        find_memory(slot_bytes, device)
 
 
 class NcclSender(_Channel):
@@ -288,26 +305,21 @@ class NcclReceiver(_Channel):
         super().close()
         self._arrivals.end()
 
-    def post(self, slot: int, num_bytes: int) -> Ticket:
-        posted = self._worker.submit(partial(self._receive, slot, num_bytes))
-        arrived = self._arrivals.submit(partial(self._wait_for, posted))
-        return lambda: arrived.done() and arrived.result()
+    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
+        posted = self._worker.submit(partial(self._receive, slot, num_bytes, when_queued))
+        arrived = self._arrivals.submit(lambda: posted.result().synchronize())
+        arrived.add_done_callback(lambda _: self._wake())  # not before its ticket says so
+        return lambda: arrived.done() and arrived.result() is None
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
         with torch.cuda.device(self._device):
             self._copy(slot, part, block, ids, to_pool=True)
         self._copies.synchronize()
 
-    def _receive(self, slot: int, num_bytes: int) -> torch.cuda.Event:
+    def _receive(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> torch.cuda.Event:
         event = torch.cuda.Event(blocking=True)
         with torch.cuda.device(self._device):
             self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
             event.record(self._communicator.stream)
+        when_queued()
         return event
-
-    def _wait_for(self, posted: Future[torch.cuda.Event]) -> bool:
-        try:
-            posted.result().synchronize()
-        finally:
-            self._wake()
-        return True

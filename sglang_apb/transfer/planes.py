@@ -13,7 +13,7 @@ from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
 from sglang_apb.transfer.direct import DirectError, Memory
 from sglang_apb.transfer.exchange import NUM_SLOTS, Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
-from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, new_id
+from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, check_memory, new_id
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 
@@ -37,18 +37,25 @@ def memory_to_offer(pages: HostPages | CudaPages, heads: range, plane: str) -> M
 
 
 def meeting(pages: HostPages | CudaPages, heads: range, page_size: int, config: TransferConfig) -> Meeting | None:
-    """Either side: how channels are made; None when they are not to be. NCCL does not encrypt: with keys, both sides
-    have to name it.
+    """Either side: how channels are made; None when they are not to be. NCCL opens ports of its own and does not
+    encrypt: both sides have to name it, or to say that nobody else is on the network.
 
     Raises ValueError when the setting asks for what is not possible.
     """
-    plane, has_keys = config.data_plane, config.secret_key is not None
-    if not _is_possible(pages, plane, NCCL) or (has_keys and plane == AUTO) or isinstance(pages, HostPages):
+    is_meant = config.data_plane == NCCL or (config.allow_unencrypted and config.secret_key is None)
+    if not _is_possible(pages, config.data_plane, NCCL) or not is_meant or isinstance(pages, HostPages):
         return None
-    gpu = str(torch.cuda.get_device_properties(pages.buffers[0].device).uuid)
-    side: dict[str, Any] = {"pages": pages, "heads": heads, "page_size": page_size}
     slot_bytes = (config.nccl_buffer_mb << 20) // NUM_SLOTS
-    return Meeting(gpu, new_id, partial(NcclSender, **side), partial(NcclReceiver, **side), slot_bytes)
+    if (page_bytes := max(pages.item_lens)) > slot_bytes:
+        raise ValueError(
+            f"nccl_buffer_mb {config.nccl_buffer_mb} of {OPTION} holds no {NUM_SLOTS} pages of {page_bytes} bytes: use "
+            f"{NUM_SLOTS * page_bytes + (1 << 20) - 1 >> 20} or more, or data_plane {ZMQ!r}."
+        )
+    device = pages.buffers[0].device
+    gpu = str(torch.cuda.get_device_properties(device).uuid)
+    side: dict[str, Any] = {"pages": pages, "heads": heads, "page_size": page_size}
+    ends = partial(NcclSender, **side), partial(NcclReceiver, **side)
+    return Meeting(gpu, new_id, *ends, slot_bytes, partial(check_memory, device))
 
 
 def ways(pages: HostPages | CudaPages, heads: range, page_size: int, config: TransferConfig) -> Ways:

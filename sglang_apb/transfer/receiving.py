@@ -371,7 +371,7 @@ class ReceivingEndpoint(SocketLoop):
                 continue
             try:
                 fetcher.deliver(self._place)
-            except RuntimeError as error:
+            except Exception as error:
                 self._lose(peer.address, f"The channel to prefill rank {peer.address} does not work ({error}).")
             is_busy = is_busy or fetcher.is_busy
         return FETCH_POLL_MS if is_busy else None
@@ -386,7 +386,7 @@ class ReceivingEndpoint(SocketLoop):
             try:
                 room.assembly.check_block(fetch.rank, block)
                 channel.write(slot, room.parts[fetch.rank], block, ids)
-            except (RuntimeError, WireError) as error:
+            except Exception as error:  # whatever it was: the rest of the request waits for this block
                 self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
                 return
             room.assembly.add_block(fetch.rank, block, fetch.num_bytes)

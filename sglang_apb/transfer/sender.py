@@ -186,7 +186,7 @@ class ZmqKVSender(CommonKVSender):
         return ownership.share(owned, *self._share())
 
     def _share(self) -> tuple[int, int]:
-        """Of ranks with the same heads, as the decode rank says: several ask one rank only where it has no double."""
+        """Of the ranks with the same heads that one decode rank asks. All that ask this rank say the same."""
         return next((ask.share for ask in self._transfers.asks), (0, 1))
 
     def _check_num_pages(self) -> bool:

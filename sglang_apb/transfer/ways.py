@@ -88,10 +88,14 @@ class Way:
                 return
             except DirectError as error:
                 reason = f"The KV pool of prefill rank {self._address} cannot be read where it lies: {error}"
-        if self._ways.meeting is not None:
-            self._call(partial(self._ask_to_join, self._ways.meeting))
-        else:
-            self._call(partial(self._do_without, reason))
+        try:
+            if self._ways.meeting is not None:
+                self._ways.meeting.check_memory(self._ways.meeting.slot_bytes)
+                self._call(partial(self._ask_to_join, self._ways.meeting))
+                return
+        except RuntimeError as error:
+            reason = f"There can be no channel to prefill rank {self._address}: {error}"
+        self._call(partial(self._do_without, reason))
 
     def _ask_to_join(self, meeting: Meeting) -> None:
         if not self._is_closed:
@@ -118,8 +122,12 @@ class Way:
         if self._is_closed:
             channel.close()
             return
-        self.fetcher = Fetcher(channel, self._send)
+        self.fetcher = Fetcher(channel, lambda frame: self._call(partial(self._send_over, channel, frame)))
         self._send(wire.pack_message(Join(unique_id=unique_id), 0, 0))
+
+    def _send_over(self, channel: ReceivingChannel, fetch: list[Buffer]) -> None:
+        if not self._is_closed and self.fetcher is not None and self.fetcher.channel is channel:
+            self._send(fetch)
 
     def _do_without(self, reason: str) -> None:
         if self._is_closed:

@@ -124,8 +124,8 @@ class Block:
 class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Decode to prefill: `num_pages` pages wait for this room's KV after `prefix_tokens`, which are there.
 
-    They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own. That
-    is number share[0] of share[1] prefill ranks with the same heads and tokens, and sends such a part of its pages.
+    They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own. Of
+    share[1] ranks with the same heads and tokens that this decode rank asks, it is number share[0], and sends a part.
     """
 
     compat: Compat

@@ -24,7 +24,7 @@ from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 from sglang_apb.transfer.wire import PageIds
 
-# What TransferConfig says is good for NVLink.
+# So many blocks of 256 MB that messages hide behind NVLink: see docs/transfer.md.
 LARGE_BUFFER_MB = 1024
 _AUX_BYTES = 1024
 _HEADS = range(1)
