@@ -25,7 +25,8 @@
     receiving   asks every prefill rank, checks, writes into the pool, says done
     inbox, assembly
                 one request: how far it has come; what has arrived, and when it is complete
-    ways        how pages of a prefill rank get here
+    prefill_peer, ways
+                a prefill rank that is connected, and how its pages get here
 
     data planes beside ZMQ, chosen in planes:
     direct, cuda_ipc

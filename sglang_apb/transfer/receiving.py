@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.assembly import Assembly, TransferError
@@ -27,29 +25,17 @@ from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.lives import life_of
-from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, keep_freed_memory, receive
+from sglang_apb.transfer.loop import SocketLoop, buffers, keep_freed_memory, receive
 from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.pages import HostPages, PageIds, Pages, largest_payload
-from sglang_apb.transfer.ways import ZMQ_ONLY, Way, Ways
+from sglang_apb.transfer.prefill_peer import MAX_FRAMES_A_TURN, PrefillPeer
+from sglang_apb.transfer.ways import ZMQ_ONLY, Ways
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Join, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
 
-RECEIVE_HIGH_WATER_MARK = 8
-MAX_FRAMES_A_TURN = 16
 # A channel says when a block is there; this finds those that never come.
 FETCH_POLL_MS = 100
-_LOST = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CONNECT_RETRIED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-
-
-_PING = wire.pack(Kind.PING, 0, 0)
 
 
 def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
@@ -62,17 +48,6 @@ class _Expected:
 
     ranks: tuple[Address, ...]
     on_lost: Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Peer:
-    """A prefill rank. Nothing is sent over `life` but one ping, and ZMQ's own: see `loop.ask_for_life`."""
-
-    address: Address
-    socket: zmq.Socket
-    life: zmq.Socket
-    monitors: tuple[zmq.Socket, ...]
-    way: Way
 
 
 class ReceivingEndpoint(SocketLoop):
@@ -94,7 +69,7 @@ class ReceivingEndpoint(SocketLoop):
         self._observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
-        self._peers: dict[Address, _Peer] = {}
+        self._peers: dict[Address, PrefillPeer] = {}
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
         self._expected: dict[int, _Expected] = {}
@@ -178,70 +153,24 @@ class ReceivingEndpoint(SocketLoop):
         except zmq.ZMQError as error:
             self._lose(address, f"Could not reach prefill rank {address} ({error}).")
 
-    def _peer(self, address: Address) -> _Peer:
+    def _peer(self, address: Address) -> PrefillPeer:
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = self._connect(address)
+            peer = self._peers[address] = PrefillPeer(
+                *(self, address, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES), self._ways),
+                send=partial(self._send, address),
+                receive_some=self._receive_some,
+                lose=partial(self._lose, address),
+            )
             self._observer.has_peers(len(self._peers))
         return peer
-
-    def _connect(self, address: Address) -> _Peer:
-        identity = b"\1" + secrets.token_bytes(16)  # 0 in front is ZMQ's own
-        socket, life = self._dealer(address, identity), self._dealer(address, life_of(identity))
-        socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
-        ask_for_life(life)
-        monitors = tuple(each.get_monitor_socket(_LOST) for each in (socket, life))
-        way = Way(
-            *(self._ways, str(address), identity, self.call),
-            send=partial(self._send, address),
-            give_up=partial(self._lose, address),
-        )
-        peer = _Peer(address, socket, life, monitors, way)
-        self.watch(socket, partial(self._receive_some, peer))
-        self.watch(life, partial(self._answer_pings, peer))
-        for monitor in monitors:
-            self.watch(monitor, partial(self._watch_connection, peer, monitor))
-        for each in (socket, life):
-            each.connect(f"tcp://{address}")
-        life.send_multipart(_PING, zmq.NOBLOCK)
-        return peer
-
-    def _dealer(self, address: Address, identity: bytes) -> zmq.Socket:
-        socket = self.context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, identity)
-        socket.setsockopt(zmq.IPV6, int(":" in address.host))
-        socket.setsockopt(zmq.LINGER, 0)
-        guard(socket, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES))
-        if self.keys is not None and address.key:
-            self.keys.speak_to(socket, address.key)
-        return socket
-
-    def _answer_pings(self, peer: _Peer) -> None:
-        """Over the connection for KV: whatever comes over the other one ends ZMQ's watch there until its next ping."""
-        for _ in range(MAX_FRAMES_A_TURN):
-            if peer.life.closed or (parts := receive(peer.life)) is None:
-                return
-            with contextlib.suppress(WireError, zmq.ZMQError):  # gone: its monitor says so
-                if wire.parse(buffers(parts)).kind is Kind.PING:
-                    peer.socket.send_multipart(_PING, zmq.NOBLOCK)
-
-    def _watch_connection(self, peer: _Peer, monitor: zmq.Socket) -> None:
-        event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._lose(peer.address, f"Prefill rank {peer.address} does not have this server's key among its peers.")
-        else:
-            self._lose(peer.address, f"Lost the connection to prefill rank {peer.address}.")
 
     def _lose(self, address: Address, reason: str) -> None:
         """Fails the rooms of a prefill rank that is gone. Its socket goes too: a new server has new ports."""
         peer = self._peers.pop(address, None)
         if peer is not None:
-            peer.way.close()
+            peer.close()
             self._observer.has_peers(len(self._peers))
-            for each, monitor in zip((peer.socket, peer.life), peer.monitors, strict=True):
-                each.disable_monitor()
-                self.forget(monitor)
-                self.forget(each)
         with self._lock:
             affected = [room for room in self._rooms.values() if address in room.ranks]
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
@@ -257,7 +186,7 @@ class ReceivingEndpoint(SocketLoop):
         if expected is not None:
             expected.on_lost(reason)
 
-    def _receive_some(self, peer: _Peer) -> None:
+    def _receive_some(self, peer: PrefillPeer) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
             if peer.socket.closed or (parts := receive(peer.socket)) is None:
                 return
@@ -266,7 +195,7 @@ class ReceivingEndpoint(SocketLoop):
             except WireError as error:
                 self._observer.refused_frame(str(peer.address), error)
 
-    def _dispatch(self, peer: _Peer, frame: Frame) -> None:
+    def _dispatch(self, peer: PrefillPeer, frame: Frame) -> None:
         if frame.kind is Kind.PING:
             return
         if frame.kind is Kind.JOIN:
@@ -299,7 +228,7 @@ class ReceivingEndpoint(SocketLoop):
         if is_whole and frame.kind is not Kind.KEPT:
             self._send_all(room.ranks, wire.pack(Kind.DONE, room.room, room.attempt, asker=room.asker))
 
-    def _take(self, room: ReceiveRoom, rank: int, frame: Frame, peer: _Peer) -> None:
+    def _take(self, room: ReceiveRoom, rank: int, frame: Frame, peer: PrefillPeer) -> None:
         assembly = room.assembly
         if frame.kind is Kind.DATA:
             self._write(room, rank, frame)
