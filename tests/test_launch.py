@@ -192,6 +192,24 @@ def test_stop_does_not_wait_for_a_forked_process_that_holds_the_pipe(tmp_path: P
         os.waitpid(forked, 0)
 
 
+def test_signals_that_come_while_a_group_is_stopped_leave_nothing(tmp_path: Path) -> None:
+    """Closing the guard's standard input ends it, and so does each of them."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    for _ in range(5):
+        group = ProcessGroup("server", SLEEPER, tmp_path / "server.log", {"TMPDIR": str(temporary)})
+        group.start()
+        _wait_for(lambda group=group: group.log_tail() == "up")
+        assert group.pid is not None
+        group.request_stop()
+        for _ in range(200):
+            os.kill(group.pid, signal.SIGTERM)
+            time.sleep(0.0001)
+        group.stop()
+        assert group.exit_status == 128 + signal.SIGTERM
+        assert not list(temporary.iterdir())
+
+
 def test_a_server_that_fails_at_start_is_named_with_its_last_words(tmp_path: Path, port: int) -> None:
     failing = [sys.executable, "-c", "import sys; sys.exit('no such model\\n' + 'x' * 1000)"]
     groups = [

@@ -95,21 +95,34 @@ def run_guarded(command: Sequence[str]) -> int:
     Returns the command's exit status as a shell would.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    _on_signals(lambda number, _: sys.exit(128 + number))
+    received: list[int] = []
+    signals = _note_signals(received)
     temporary = tempfile.mkdtemp(prefix="sglang-apb-")
     shared_memory: set[int] = set()
     child = None
     try:
         child = _start(command, temporary)
-        _wait(child, shared_memory)
+        _wait(child, signals, shared_memory)
     finally:
         _on_signals(signal.SIG_IGN)
         shared_memory |= _mapped_shared_memory()
         _end_descendants(child)
         _remove_shared_memory(shared_memory)
         shutil.rmtree(temporary, ignore_errors=True)
+    if received:
+        return 128 + received[0]
     status = child.wait()
     return status if status >= 0 else 128 - status
+
+
+def _note_signals(received: list[int]) -> int:
+    """A file that is readable once a signal has come, whose number is then in `received`. A handler that raised could
+    do so while this process cleans up: whoever stops it closes its standard input first.
+    """
+    readable, written = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(written)
+    _on_signals(lambda number, _: received.append(number))
+    return readable
 
 
 def _on_signals(handler: Any) -> None:
@@ -128,14 +141,15 @@ def _start(command: Sequence[str], temporary: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _wait(child: subprocess.Popen[bytes], shared_memory: set[int]) -> None:
-    """Returns when the child has ended or standard input is closed.
+def _wait(child: subprocess.Popen[bytes], signals: int, shared_memory: set[int]) -> None:
+    """Returns when the child has ended, standard input is closed, or a signal has come.
 
     Shared memory is collected all along: after a crash, the processes that could tell are gone.
     """
     with selectors.DefaultSelector() as selector:
         selector.register(os.pidfd_open(child.pid), selectors.EVENT_READ)
         selector.register(sys.stdin.fileno(), selectors.EVENT_READ)
+        selector.register(signals, selectors.EVENT_READ)
         while not selector.select(timeout=_SCAN_INTERVAL_S):
             shared_memory |= _mapped_shared_memory()
 
