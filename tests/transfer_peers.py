@@ -162,13 +162,13 @@ class _TubeEnd:
         tubes.ends.append(self)
 
     def send(self, part: range, block: wire.Block, ids: np.ndarray) -> None:
-        payload = self._parts.of(part).gather(block.first_buffer, block.num_buffers, ids)
-        self._fill(payload.tobytes())
+        pages = self._parts.of(part)
+        self._fill(lambda: pages.gather(block.first_buffer, block.num_buffers, ids).tobytes())
 
     def send_nothing(self, num_bytes: int) -> None:
-        self._fill(bytes(num_bytes))
+        self._fill(lambda: bytes(num_bytes))
 
-    def _fill(self, payload: bytes) -> None:
+    def _fill(self, make: Callable[[], bytes]) -> None:
         try:
             self._tubes.before_send()
             if not self._posted:  # it would hold a GPU up
@@ -177,6 +177,7 @@ class _TubeEnd:
             self._tell(str(error))
             return
         num_bytes, slot, wake = self._posted.popleft()
+        payload = make()
         assert len(payload) == num_bytes and not slot
         slot += payload
         wake()
