@@ -33,6 +33,8 @@ _HEADS = range(1)
 class GpuPool:
     """A KV pool of exactly the prompt's pages, a token each: prefill's on the first GPU, decode's on the last."""
 
+    poll_s = 0.0001
+
     def __init__(self, prompt: Prompt, fill: int, *, is_prefill: bool):
         self.prompt = prompt
         self.device = torch.device("cuda", 0 if is_prefill else torch.cuda.device_count() - 1)
@@ -50,7 +52,8 @@ class GpuPool:
 
     def to_offer(self) -> tuple[Memory | None, Meeting | None]:
         """The prefill side's."""
-        meeting = planes.meeting(self.pages, _HEADS, 1, TransferConfig(nccl_buffer_mb=LARGE_BUFFER_MB))
+        config = TransferConfig(data_plane=NCCL, nccl_buffer_mb=LARGE_BUFFER_MB)
+        meeting = planes.meeting(self.pages, _HEADS, 1, config)
         return planes.memory_to_offer(self.pages, _HEADS, AUTO), meeting
 
     def mapping(self) -> Ways:

@@ -44,14 +44,15 @@ CHANNEL, CHANNEL_SCATTERED = "nccl", "nccl, scattered pages"
 LARGE_CHANNEL = f"nccl, scattered pages, {LARGE_BUFFER_MB} MB"
 AT_ONCE = 4
 _WARM_UP = 2
-# A look takes a core's time, of which a transfer between CPUs needs all that two have.
-_POLL_S = {"cpu": 0.0005, "cuda": 0.0001}
 _MAPPING_S = 60.0
 _AUX_BYTES = 1024
 
 
 class Pool:
     """A KV pool of exactly the prompt's pages, a token each."""
+
+    # A look takes a core's time, of which a transfer between CPUs needs all that two have.
+    poll_s = 0.0005
 
     def __init__(self, prompt: Prompt, fill: int):
         self.prompt = prompt
@@ -131,10 +132,6 @@ def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
 
 def make_pool(prompt: Prompt, fill: int, device: str) -> Pool | GpuPool:
     return GpuPool(prompt, fill, is_prefill=fill == 1) if device == "cuda" else Pool(prompt, fill)
-
-
-def _poll_s(pool: Pool | GpuPool) -> float:
-    return _POLL_S["cuda" if isinstance(pool, GpuPool) else "cpu"]
 
 
 @contextlib.contextmanager
@@ -241,7 +238,7 @@ def _zmq(
         started = time.perf_counter()
         opened = [receiver.open(number, [address], ids, 0) for number in numbers]
         while any(room.state is ReceiveState.RECEIVING for room in opened):
-            time.sleep(_poll_s(pool))
+            time.sleep(pool.poll_s)
         seconds = time.perf_counter() - started
         for room in opened:
             if room.state is ReceiveState.FAILED:
@@ -267,13 +264,13 @@ def _send_zmq(endpoint: SendingEndpoint, pool: Pool | GpuPool, numbers: Sequence
     pages = (0, len(ids))
     for room in opened:
         while room.state is SendState.UNASKED:
-            time.sleep(_poll_s(pool))
+            time.sleep(pool.poll_s)
         endpoint.announce(room, [pages])
         endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
         endpoint.finish(room, 0, {})
     for room in opened:
         while room.state is SendState.ASKED:
-            time.sleep(_poll_s(pool))
+            time.sleep(pool.poll_s)
         endpoint.close(room)
 
 
