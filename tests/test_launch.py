@@ -210,6 +210,27 @@ def test_signals_that_come_while_a_group_is_stopped_leave_nothing(tmp_path: Path
         assert not list(temporary.iterdir())
 
 
+# A signal that comes just when the guard has begun to clean up.
+INTERRUPTED = """
+import signal
+from sglang_apb.commands import processes
+
+def on_signals(handler, set_handlers=processes._on_signals):
+    if handler is signal.SIG_IGN:
+        signal.raise_signal(signal.SIGTERM)
+    set_handlers(handler)
+
+processes._on_signals = on_signals
+processes.run_guarded(["true"])
+"""
+
+
+def test_a_signal_does_not_interrupt_the_cleaning_up(tmp_path: Path) -> None:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", INTERRUPTED], stdin=subprocess.PIPE, env=environment, timeout=30, check=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_server_that_fails_at_start_is_named_with_its_last_words(tmp_path: Path, port: int) -> None:
     failing = [sys.executable, "-c", "import sys; sys.exit('no such model\\n' + 'x' * 1000)"]
     groups = [
