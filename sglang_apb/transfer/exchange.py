@@ -90,7 +90,7 @@ class Meeting:
     sender: Callable[[bytes, int, Callable[[str], None]], SendingChannel]
     receiver: Callable[[bytes, int, Callable[[], None]], ReceivingChannel]
     slot_bytes: int
-    check_memory: Callable[[int], None]
+    check_memory: Callable[[int], object]
 
 
 @dataclass

@@ -100,8 +100,11 @@ class StagedPages:
         self._ids = UploadedIds(device)
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._reserve(BLOCK_BYTES)
+
+    def warm_up(self) -> None:
+        """Has Triton compile now what copies these pages, so that no request waits for it."""
         first_page = np.zeros(1, np.int64)
-        for buffer in range(len(self.item_lens)):  # Triton compiles now
+        for buffer in range(len(self.item_lens)):
             self.scatter(buffer, 1, first_page, self.gather(buffer, 1, first_page).data)
 
     def gather(self, first_buffer: int, num_buffers: int, ids: PageIds) -> Bytes:
@@ -151,6 +154,7 @@ class CudaPages(StagedPages):
         addresses = [buffer.data_ptr() for buffer in buffers]
         num_pages = min(len(buffer) // size for buffer, size in zip(buffers, item_lens, strict=True))
         super().__init__(GpuSide(addresses, item_lens, range(1), 1), range(1), num_pages, buffers[0].device)
+        self.warm_up()
 
 
 def open_pool(buffers: Sequence[torch.Tensor], lens: Sequence[int], item_lens: Sequence[int]) -> HostPages | CudaPages:

@@ -149,7 +149,7 @@ class PagesByHeads:
         self._whole, self._heads, self._page_size = pages, heads, page_size
         self._parts: dict[range, Pages] = {heads: pages}
         if isinstance(pages, CudaPages):
-            self._compile()
+            self._warm_up(pages)
 
     def of(self, part: range) -> Pages:
         """Made at its first use, which must not be in two threads at once."""
@@ -157,16 +157,19 @@ class PagesByHeads:
             self._parts[part] = self._cut_out(part)
         return self._parts[part]
 
-    def _compile(self) -> None:
+    def _warm_up(self, whole: CudaPages) -> None:
         """What copies parts of the sizes that other tensor-parallel sizes ask for: no request is to wait for Triton."""
         for num_heads in range(1, len(self._heads)):
             if len(self._heads) % num_heads == 0:
-                self._cut_out(range(self._heads.start, self._heads.start + num_heads))
+                self._staged(whole, range(self._heads.start, self._heads.start + num_heads)).warm_up()
 
     def _cut_out(self, part: range) -> Pages:
         whole = self._whole
         if isinstance(whole, CudaPages):
-            side = GpuSide.of(whole, self._heads, self._page_size)
-            return StagedPages(side, part, whole.num_pages, whole.buffers[0].device)
+            return self._staged(whole, part)
         inside = range(part.start - self._heads.start, part.stop - self._heads.start)
         return HeadPages(whole.buffers, whole.item_lens, self._page_size, len(self._heads), inside)
+
+    def _staged(self, whole: CudaPages, part: range) -> StagedPages:
+        side = GpuSide.of(whole, self._heads, self._page_size)
+        return StagedPages(side, part, whole.num_pages, whole.buffers[0].device)

@@ -199,12 +199,6 @@ def find_memory(slot_bytes: int, device: torch.device) -> torch.Tensor:
     return slots
 
 
-def check_memory(device: torch.device, slot_bytes: int) -> None:
-    """Before the other side is asked to come. Raises as `find_memory`."""
-    with torch.cuda.device(device):
-        find_memory(slot_bytes, device)
-
-
 class NcclSender(_Channel):
     """Prefill's side. Blocks are sent in the channel's thread; what fails there is told to `on_error`, once."""
 

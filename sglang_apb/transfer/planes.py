@@ -13,7 +13,7 @@ from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
 from sglang_apb.transfer.direct import DirectError, Memory
 from sglang_apb.transfer.exchange import NUM_SLOTS, Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
-from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, check_memory, new_id
+from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, find_memory, new_id
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 
@@ -55,7 +55,7 @@ def meeting(pages: HostPages | CudaPages, heads: range, page_size: int, config: 
     gpu = str(torch.cuda.get_device_properties(device).uuid)
     side: dict[str, Any] = {"pages": pages, "heads": heads, "page_size": page_size}
     ends = partial(NcclSender, **side), partial(NcclReceiver, **side)
-    return Meeting(gpu, new_id, *ends, slot_bytes, partial(check_memory, device))
+    return Meeting(gpu, new_id, *ends, slot_bytes, partial(find_memory, device=device))
 
 
 def ways(pages: HostPages | CudaPages, heads: range, page_size: int, config: TransferConfig) -> Ways:

@@ -26,9 +26,10 @@ from sglang_apb.commands.bench.observed import (
 )
 from sglang_apb.commands.bench.setup import InProcess
 from sglang_apb.kernels import TRITON
-from sglang_apb.kernels.page_copy import PageCopy, PagePlace, copy_pages_reference, copy_pages_triton, in_one_piece
+from sglang_apb.kernels.page_copy import copy_pages_reference, copy_pages_triton
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup
+from sglang_apb.transfer.gpu_pages import GpuSide
 
 T = TypeVar("T")
 
@@ -134,9 +135,8 @@ def gather_case(setting: InProcess, layout: Layout, rank: int, engine: Attention
     ids, in_order = torch.randperm(num_tokens, device=setting.device), torch.arange(num_tokens, device=setting.device)
     run: Callable[[], None]
     if engine.kernels is TRITON:
-        lengths = [page_bytes] * len(pool)
-        places = [PagePlace(buffer.data_ptr(), page_bytes, page_bytes) for buffer in pool]
-        copy = PageCopy.between(places, in_one_piece(sent.data_ptr(), 1, lengths), 1, lengths, setting.device)
+        side = GpuSide([buffer.data_ptr() for buffer in pool], [page_bytes] * len(pool), range(1), 1)
+        copy = side.copy_of(range(1), sent.data_ptr(), torch.device(setting.device), to_pool=False)
         run = partial(copy_pages_triton, copy, 0, len(pool), ids, in_order)
     else:
         run = partial(copy_pages_reference, pool, list(sent), ids, in_order)
