@@ -22,6 +22,7 @@ from sglang_apb.transfer.exchange import Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.inbox import ReceiveState
+from sglang_apb.transfer.nccl import NcclSender
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -52,8 +53,12 @@ def gpu_pages(device: int, heads: range, seed: int | None) -> tuple[CudaPages, t
     return CudaPages(buffers, [PAGE_SIZE * len(heads) * HEAD_BYTES] * len(buffers)), pool
 
 
-def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True) -> None:
-    """Serves room 1 with all pages, shuffled, each layer `repeats` times in a row of requests."""
+def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True, is_shuffled: bool = True) -> None:
+    """Serves room 1 with all pages, each layer `repeats` times in a row of requests. Pages that are not shuffled must
+    not be gathered.
+    """
+    if not is_shuffled:
+        NcclSender._gather = None  # type: ignore[method-assign,assignment]
     pages, _ = gpu_pages(0, heads, seed=5)
     sender = SendingEndpoint("127.0.0.1")
     memory, meeting = to_offer(pages, heads)
@@ -63,7 +68,7 @@ def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True
     for number in range(1, repeats + 1):
         room = sender.open(number)
         assert wait_for(lambda room=room: room.state is SendState.ASKED, 60)
-        ids = np.random.default_rng(7).permutation(NUM_PAGES)
+        ids = np.random.default_rng(7).permutation(NUM_PAGES) if is_shuffled else np.arange(NUM_PAGES)
         send_owned(sender, room, ids, [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
         assert wait_for(lambda room=room: room.state is SendState.DONE, 60)
         pipe.send((room.is_offered, room.num_bytes))
@@ -90,8 +95,8 @@ def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
         child.join()
 
 
-def receiver_of(pages: CudaPages, heads: range, plane: str) -> ReceivingEndpoint:
-    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane, allow_unencrypted=True))
+def receiver_of(pages: CudaPages, heads: range, plane: str, **settings: Any) -> ReceivingEndpoint:
+    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane, allow_unencrypted=True, **settings))
     receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, ways=ways)
     receiver.start()
     return receiver
@@ -122,10 +127,33 @@ def test_a_gpu_gets_the_other_processs_pages(
             ids = np.random.default_rng(8).permutation(NUM_PAGES)
             decode = receiver.open(1, [address], ids, 3, shares=Shares(ours, (ours,)))
             assert received(decode, 60), decode.reason
-            assert pipe.recv() == (True, pool.numel()) and decode.data_plane == plane
+            assert pipe.recv() == (plane == "cuda_ipc", pool.numel()) and decode.data_plane == plane
             _, wanted = gpu_pages(torch.cuda.device_count() - 1, ours, seed=5)
             source = torch.from_numpy(np.random.default_rng(7).permutation(NUM_PAGES))
             assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, source])
+    finally:
+        receiver.stop()
+
+
+@TWO_GPUS
+def test_pages_in_a_row_are_sent_from_where_they_lie() -> None:
+    """Of one buffer: blocks are smaller than that here."""
+    heads = range(NUM_HEADS)
+    pages, pool = gpu_pages(1, heads, seed=None)
+    receiver = receiver_of(pages, heads, "nccl", nccl_buffer_mb=16)
+    try:
+        with process(prefill, heads, 2, False, False) as (pipe, _):
+            address = ("127.0.0.1", pipe.recv(), "")
+            receiver.expect(1, [address], lambda reason: None)
+            until_found(receiver)
+            _, wanted = gpu_pages(1, heads, seed=5)
+            for number in (1, 2):
+                pool.zero_()
+                torch.cuda.synchronize()
+                decode = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
+                assert received(decode, 60), decode.reason
+                assert decode.data_plane == "nccl" and torch.equal(pool, wanted)
+                receiver.close(decode)
     finally:
         receiver.stop()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transfer_peers
-from transfer_peers import ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
+from transfer_peers import AUX_LENS, ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
 from sglang_apb.transfer import exchange, loop, nccl, receiving, sending, ways, wire
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
@@ -61,7 +62,7 @@ def test_blocks_are_fetched(num_ranks: int, sizes: dict[str, int], monkeypatch: 
             for rank, owned in enumerate(OWNED[num_ranks]):
                 for start, end in owned:
                     assert rows(peers.pool, target[start:end]) == rows(peers.pools[rank], source[start:end])
-            assert decode.data_plane == "nccl" and all(room.is_offered for room in of_request)
+            assert decode.data_plane == "nccl" and not decode.unconfirmed
             assert decode.assembly.num_bytes == sum(room.num_bytes for room in of_request) == 120 * sum(ITEM_LENS)
 
 
@@ -106,6 +107,71 @@ def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
         assert decode.state is ReceiveState.RECEIVING and decode.assembly.num_bytes == 0
         tubes.before_arrival = lambda: True
         assert received(decode), decode.reason
+
+
+def test_what_waited_for_blocks_stays_before_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a request arrives when its last block is in place, and its first token still waits for the loop."""
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        tubes.before_arrival = lambda: False
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        sender = peers.senders[0]
+        sender.announce(room, [(0, 8)])
+        sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
+        assert wait_for(lambda: bool(decode.fetching))
+        row = peers.auxes[0].gather(0, len(AUX_LENS), np.array([5]))
+        first_token = wire.pack(Kind.AUX, 1, room.attempt, b"", row.data)
+        sender.call(partial(sender._peers.reply, room.identity, first_token))
+        assert wait_for(lambda: len(decode.held_back) == 1)
+        later: list[Callable[[], None]] = []
+        with monkeypatch.context() as patched:
+            patched.setattr(peers.receiver, "call", later.append)
+            tubes.before_arrival = lambda: True
+            assert wait_for(lambda: not decode.fetching and bool(later))
+            sender.finish(room, None, {})
+            assert wait_for(lambda: len(decode.held_back) == 2)
+        for command in later:
+            peers.receiver.call(command)
+        assert received(decode), decode.reason
+
+
+def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
+    """Until then they must not change, and so the request must not be over."""
+    tubes = Tubes()
+    tubes.is_read = False
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
+        time.sleep(0.05)
+        assert decode.state is ReceiveState.RECEIVING and room.state is SendState.ASKED
+        tubes.is_read = True
+        assert received(decode), decode.reason
+        assert wait_for(lambda: room.state is SendState.DONE)
+
+
+def test_blocks_that_are_not_fetched_are_let_go_with_their_request() -> None:
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        sender, holder = peers.senders[0], next(end for end in tubes.ends if end.is_prefill)
+        peers.receiver._dispatch = lambda peer, frame: None  # type: ignore[method-assign]
+        rooms = []
+        for number in range(1, exchange.NUM_SLOTS + 3):
+            peers.ask(number, np.arange(8))
+            rooms.append(sender.open(number))
+            assert asked(rooms[-1])
+            send_owned(sender, rooms[-1], np.arange(8), [(0, 8)], 5)
+        assert wait_for(lambda: holder.num_held == exchange.NUM_SLOTS)
+        time.sleep(0.05)
+        assert holder.num_held == exchange.NUM_SLOTS, "the others wait for a slot"
+        for room in rooms:
+            sender.close(room)
+        assert wait_for(lambda: holder.num_held == 0)
 
 
 def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None:
@@ -270,7 +336,7 @@ def test_channels_that_are_never_met_are_of_bounded_number() -> None:
 
 
 def test_a_way_takes_no_invitation_that_it_did_not_ask_for() -> None:
-    way = Way(Ways(), "127.0.0.1:1", b"me", lambda command: None, lambda frame: None, lambda reason: None)
+    way = Way(Ways(), "127.0.0.1:1", b"me", *[lambda *_: None] * 4)
     with pytest.raises(WireError, match="nobody asked for"):
         way.join(Join(unique_id=b"id"))
 
@@ -293,6 +359,24 @@ def test_frames_out_of_bounds() -> None:
         wire.parse_ready(wire.parse(wire.pack(Kind.READY, 1, 1, block.pack())), 5, 2)
 
 
+def test_a_fetch_of_another_size_changes_nothing() -> None:
+    """NCCL's send would wait for ever, on the prefill rank's GPU."""
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        tubes.before_arrival = lambda: False
+        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
+        assert asked(room)
+        decode.closed = True  # so that the decode rank does not ask for it
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert wait_for(lambda: bool(room.held))
+        (block,) = room.held
+        fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(block, 100))
+        peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
+        time.sleep(0.05)
+        assert set(room.held) == {block} and room.state is SendState.ASKED
+
+
 def test_frames_that_are_not_expected_change_nothing() -> None:
     with cluster() as peers:
         decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
@@ -301,7 +385,7 @@ def test_frames_that_are_not_expected_change_nothing() -> None:
         sender.announce(room, [(0, 8)])
         ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
         sender.call(partial(sender._peers.reply, room.identity, ready))
-        fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(Block(0, 6, 0, 8), 100))
+        fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(Block(0, 6, 0, 8), 100))  # there is no channel
         peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
         time.sleep(0.1)
         assert decode.state is ReceiveState.RECEIVING and not decode.fetching

@@ -21,14 +21,19 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def make(family: str, tokenizer_dir: Path, output_dir: Path) -> Path:
-    """A model folder of `family` with the tokenizer of `tokenizer_dir`; weights are drawn with a fixed seed."""
+def make(family: str, tokenizer_dir: Path, output_dir: Path, **sizes: int) -> Path:
+    """A model folder of `family` with the tokenizer of `tokenizer_dir`; weights are drawn with a fixed seed. `sizes`
+    stand in place of the usual ones.
+    """
     import transformers
 
     config_class = getattr(transformers, family.removesuffix("ForCausalLM") + "Config")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_dir)
     config = config_class(
-        **_SIZES, vocab_size=49152, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+        **_SIZES | sizes,
+        vocab_size=49152,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     if family == "MistralForCausalLM":
         config.sliding_window = None

@@ -15,7 +15,7 @@ import numpy as np
 from sglang_apb.transfer import ownership, wire
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.direct import DirectError, Memory
-from sglang_apb.transfer.exchange import ExchangeError, Meeting, Ticket
+from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError, Meeting
 from sglang_apb.transfer.heads import PagesByHeads
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
@@ -26,6 +26,7 @@ from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.ways import Ways
+from sglang_apb.transfer.worker import Worker
 
 ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
 NUM_LAYERS = 3
@@ -118,6 +119,7 @@ class Tubes:
 
     def __init__(self) -> None:
         self._posted: dict[bytes, deque[tuple[int, bytearray, Callable[[], None]]]] = {}
+        self.is_read = True
         self._ids = itertools.count()
         self.ends: list[_TubeEnd] = []
         self.before_arrival: Callable[[], bool] = lambda: True
@@ -126,10 +128,10 @@ class Tubes:
         self.has_memory: dict[str, bool] = {}
 
     def meeting(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> Meeting:
-        make = partial(_TubeEnd, self, pages=pages, heads=heads, page_size=page_size)
-        return Meeting(
-            gpu, self._new_id, make, make, self.slot_bytes.get(gpu, 1 << 26), partial(self._check_memory, gpu)
-        )
+        side = {"pages": pages, "heads": heads, "page_size": page_size}
+        prefill, decode = (partial(_TubeEnd, self, is_prefill=is_prefill, **side) for is_prefill in (True, False))
+        slot_bytes = self.slot_bytes.get(gpu, 1 << 26)
+        return Meeting(gpu, self._new_id, prefill, decode, slot_bytes, partial(self._check_memory, gpu))
 
     def _check_memory(self, gpu: str, slot_bytes: int) -> None:
         if not self.has_memory.get(gpu, True):
@@ -147,7 +149,8 @@ class _TubeEnd:
         tubes: Tubes,
         unique_id: bytes,
         slot_bytes: int,
-        tell: Callable[..., None],  # sender: on_error, receiver: wake
+        on_error: Callable[[str], None],
+        is_prefill: bool,
         pages: HostPages,
         heads: range,
         page_size: int,
@@ -157,43 +160,78 @@ class _TubeEnd:
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts = PagesByHeads(pages, heads, page_size)
         self._slots: dict[int, bytearray] = {}
-        self._tell, self.slot_bytes = tell, slot_bytes
+        self._on_error, self.slot_bytes, self.is_prefill = on_error, slot_bytes, is_prefill
+        self.num_held = 0
+        self._arrivals = Worker("tube")
         self.is_closed = False
         tubes.ends.append(self)
 
-    def send(self, part: range, block: wire.Block, ids: np.ndarray) -> None:
-        pages = self._parts.of(part)
-        self._fill(lambda: pages.gather(block.first_buffer, block.num_buffers, ids).tobytes())
+    @property
+    def is_full(self) -> bool:
+        return self.num_held >= NUM_SLOTS
+
+    def hold(self, part: range, block: wire.Block, ids: np.ndarray) -> _Held:
+        self.num_held += 1
+        payload = self._parts.of(part).gather(block.first_buffer, block.num_buffers, ids).tobytes()
+        return _Held(self, payload)
 
     def send_nothing(self, num_bytes: int) -> None:
-        self._fill(lambda: bytes(num_bytes))
+        self.send(bytes(num_bytes))
 
-    def _fill(self, make: Callable[[], bytes]) -> None:
+    def send(self, payload: bytes) -> None:
         try:
             self._tubes.before_send()
             if not self._posted:  # it would hold a GPU up
                 raise ExchangeError("nobody waits for a block")
         except Exception as error:
-            self._tell(str(error))
+            self._on_error(str(error))
             return
-        num_bytes, slot, wake = self._posted.popleft()
-        payload = make()
+        num_bytes, slot, arrive = self._posted.popleft()
         assert len(payload) == num_bytes and not slot
         slot += payload
-        wake()
+        arrive()
 
-    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
+    def receive(
+        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+    ) -> None:
         assert num_bytes <= self.slot_bytes
         target = self._slots[slot] = bytearray()
-        self._posted.append((num_bytes, target, self._tell))
+        self._posted.append((num_bytes, target, partial(self._arrivals.submit, partial(self._arrive, when_there))))
         when_queued()
-        return lambda: len(target) == num_bytes and self._tubes.before_arrival()
+
+    def _arrive(self, when_there: Callable[[], None]) -> None:
+        while not self._tubes.before_arrival() and not self.is_closed:
+            time.sleep(0.001)
+        if not self.is_closed:
+            when_there()
 
     def write(self, slot: int, part: range, block: wire.Block, ids: np.ndarray) -> None:
         self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, self._slots.pop(slot))
 
     def close(self) -> None:
         self.is_closed = True
+        self._arrivals.end()
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    end: _TubeEnd
+    payload: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.payload)
+
+    @property
+    def is_read(self) -> bool:
+        return self.end._tubes.is_read
+
+    def send(self) -> None:
+        self.end.num_held -= 1
+        self.end.send(self.payload)
+
+    def drop(self) -> None:
+        self.end.num_held -= 1
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.exchange import SendingChannel
 from sglang_apb.transfer.outbox import Frames, SendRoom
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import BLOCK_BYTES, OFFER_BYTES, Pages, plan_blocks
@@ -30,12 +31,22 @@ def offered(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: 
         yield wire.pack(Kind.OFFER, room.room, room.attempt, block.pack(), payload, room.asker)
 
 
-def fetched(room: SendRoom, pool: Pages, buffers: range, pages: PageRange, ids: PageIds, slot_bytes: int) -> Frames:
-    """The same for a decode rank to which there is a channel. The room keeps what is to be sent."""
-    for block, ids_of_block in _cut(pool.item_lens, buffers, pages, ids, slot_bytes):
-        room.is_offered = True
-        room.unfetched[block] = ids_of_block
-        room.num_bytes += wire.block_bytes(block, pool.item_lens)
+def held(
+    room: SendRoom,
+    item_lens: Sequence[int],
+    buffers: range,
+    pages: PageRange,
+    ids: PageIds,
+    channel: SendingChannel,
+    part: range,
+) -> Frames:
+    """The same, of the heads `part`, for a decode rank to which there is a channel: it fetches them."""
+    for block, ids_of_block in _cut(item_lens, buffers, pages, ids, channel.slot_bytes):
+        while channel.is_full:
+            yield None
+        room.held[block] = channel.hold(part, block, ids_of_block)
+        room.being_read.append(room.held[block])
+        room.num_bytes += wire.block_bytes(block, item_lens)
         yield wire.pack(Kind.READY, room.room, room.attempt, block.pack(), asker=room.asker)
 
 

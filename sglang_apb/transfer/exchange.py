@@ -4,9 +4,11 @@
               <--  JOIN: where to meet, or why not     prefill
               both make their end of the channel
     decode    JOIN: it has its end       -->           from here on blocks are not sent but said to be READY
-              <--  READY: a block
+              <--  READY: a block                      which is copied into a slot meanwhile
     decode has a slot free, waits for the block there
               FETCH: the block           -->           the block goes over the channel
+    decode copies it into its pool
+              <--  END, when every block has been copied: its pages may change now
 
 A send that nobody waits for would hold multiprocessors of the prefill rank's GPU, and one peer that hangs all others.
 """
@@ -20,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.inbox import ReceiveRoom
@@ -28,7 +30,7 @@ from sglang_apb.transfer.wire import Block, Buffer, Join, Kind, PageIds
 
 logger = logging.getLogger(__name__)
 
-# Blocks that are on their way at once: one is copied on either side while one is sent, and one is asked for.
+# Of each side. While one block is sent, one is copied on either side, and one asked for.
 NUM_SLOTS = 4
 # What a setting may ask for is not less.
 MIN_SLOT_BYTES = 4 << 20
@@ -37,20 +39,39 @@ MAX_MAKING = 16
 # A link may be slow; one over which nothing comes any more, although both sides are there, is broken.
 ARRIVAL_S = 20.0
 
-Ticket: TypeAlias = Callable[[], bool]
-
 
 class ExchangeError(RuntimeError):
     """A channel does not work, or not any more."""
 
 
+class Held(Protocol):
+    """A block that a prefill rank holds until it is fetched: `send` or `drop` ends that."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def is_read(self) -> bool:
+        """Whether nothing reads its pages any more."""
+        ...
+
+    def send(self) -> None: ...
+
+    def drop(self) -> None: ...
+
+
 class SendingChannel(Protocol):
-    """Never blocks; what fails is told to the `on_error` that it was made with."""
+    """Never blocks; what fails is told to the `on_error` that it was made with. For one thread."""
 
     slot_bytes: int
 
-    def send(self, part: range, block: Block, ids: PageIds) -> None:
-        """Queues the heads `part` of a block, pages `ids` of the pool."""
+    @property
+    def is_full(self) -> bool:
+        """Whether blocks have to be fetched before another one can be held."""
+        ...
+
+    def hold(self, part: range, block: Block, ids: PageIds) -> Held:
+        """The heads `part` of a block, pages `ids` of the pool, which must not change."""
         ...
 
     def send_nothing(self, num_bytes: int) -> None:
@@ -61,11 +82,15 @@ class SendingChannel(Protocol):
 
 
 class ReceivingChannel(Protocol):
+    """Never blocks, but in `write`; what fails is told to the `on_error` that it was made with."""
+
     slot_bytes: int
 
-    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
-        """Has the next block received into a slot; once `when_queued` has been called, in any thread, it may come.
-        The ticket says whether it is there, and raises RuntimeError when it can not come any more.
+    def receive(
+        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+    ) -> None:
+        """Has the next block received into a slot. Once `when_queued` has been called, it may come; `when_there` may
+        `write` it. Both are called in threads of the channel, each in the order of the blocks.
         """
         ...
 
@@ -81,14 +106,14 @@ class Meeting:
     """How one side makes its ends of channels. `gpu` is which GPU it has: one that both have is no way. `check_memory`
     raises RuntimeError when there is none for slots of so many bytes.
 
-    Both make slots of the smaller `slot_bytes`. `sender` also takes what is to be called when a block could not be
-    sent, with the reason, and `receiver` what is to be called when one is there: in any thread.
+    Both make slots of the smaller `slot_bytes`. `sender` and `receiver` also take what is to be called, in any thread,
+    when the channel does not work any more, with the reason.
     """
 
     gpu: str
     new_id: Callable[[], bytes]
     sender: Callable[[bytes, int, Callable[[str], None]], SendingChannel]
-    receiver: Callable[[bytes, int, Callable[[], None]], ReceivingChannel]
+    receiver: Callable[[bytes, int, Callable[[str], None]], ReceivingChannel]
     slot_bytes: int
     check_memory: Callable[[int], object]
 
@@ -179,53 +204,61 @@ class Fetch:
     num_bytes: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Coming:
-    slot: int
-    fetch: Fetch
-    ticket: Ticket
-    since: float
-
-
 class Fetcher:
-    """A decode rank's end of one channel. Everything is the endpoint's thread's."""
+    """A decode rank's end of one channel. Everything is the endpoint's thread's, where `call` runs a command, but
+    `place`: it is called in a thread of the channel, and takes a block out of its slot.
+    """
 
-    def __init__(self, channel: ReceivingChannel, send: Callable[[list[Buffer]], None]):
-        """`send` may be called in any thread."""
+    def __init__(
+        self,
+        channel: ReceivingChannel,
+        send: Callable[[list[Buffer]], None],
+        call: Callable[[Callable[[], None]], None],
+        place: Callable[[ReceivingChannel, int, Fetch], None],
+    ):
         self.channel = channel
-        self._send = send
+        self._send, self._call, self._place = send, call, place
+        self._is_closed = False
         self._waiting: deque[Fetch] = deque()
-        self._coming: deque[_Coming] = deque()
+        self._asked: deque[float] = deque()  # when, of each block that is coming
         self._free = deque(range(NUM_SLOTS))
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._coming)
+        return bool(self._waiting or self._asked)
 
     def add(self, fetch: Fetch) -> None:
         self._waiting.append(fetch)
+        self._ask()
 
-    def deliver(self, place: Callable[[ReceivingChannel, int, Fetch], None]) -> None:
-        """Has each block that is there taken out of its slot by `place`.
+    def close(self) -> None:
+        self._is_closed = True
+        self.channel.close()
 
-        Raises RuntimeError when the channel does not work, or a block has not come for too long.
-        """
-        self._post()
-        while self._coming and self._coming[0].ticket():
-            coming = self._coming.popleft()
-            try:
-                place(self.channel, coming.slot, coming.fetch)
-            finally:
-                self._free.append(coming.slot)
-            self._post()
-        if self._coming and time.monotonic() - self._coming[0].since > ARRIVAL_S:
+    def check(self) -> None:
+        """Raises ExchangeError when a block has not come for too long."""
+        if self._asked and time.monotonic() - self._asked[0] > ARRIVAL_S:
             raise ExchangeError(f"a block has not come for {ARRIVAL_S:g} s")
 
-    def _post(self) -> None:
+    def _ask(self) -> None:
         while self._free and self._waiting:
-            fetch = self._waiting.popleft()
-            slot, room = self._free.popleft(), fetch.room
-            body = wire.pack_fetch(fetch.block, fetch.num_bytes)
+            fetch, slot = self._waiting.popleft(), self._free.popleft()
+            room, body = fetch.room, wire.pack_fetch(fetch.block, fetch.num_bytes)
             frame = wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker)
-            ticket = self.channel.post(slot, fetch.num_bytes, partial(self._send, frame))
-            self._coming.append(_Coming(slot, fetch, ticket, time.monotonic()))
+            self._asked.append(time.monotonic())
+            when_queued = partial(self._call, partial(self._fetch, frame))
+            self.channel.receive(slot, fetch.num_bytes, when_queued, partial(self._take, slot, fetch))
+
+    def _fetch(self, frame: list[Buffer]) -> None:
+        if not self._is_closed:
+            self._send(frame)
+
+    def _take(self, slot: int, fetch: Fetch) -> None:
+        self._place(self.channel, slot, fetch)
+        self._call(partial(self._empty, slot))
+
+    def _empty(self, slot: int) -> None:
+        self._asked.popleft()
+        self._free.append(slot)
+        if not self._is_closed:
+            self._ask()

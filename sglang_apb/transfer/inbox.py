@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from sglang_apb.transfer.assembly import Assembly
 from sglang_apb.transfer.config import ZMQ
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.pages import Pages
-from sglang_apb.transfer.wire import Block, PageIds, WireError
+from sglang_apb.transfer.wire import Block, Frame, PageIds, WireError
+
+if TYPE_CHECKING:
+    from sglang_apb.transfer.prefill_peer import PrefillPeer
 
 
 class ReceiveState(Enum):
@@ -26,8 +29,8 @@ class ReceiveRoom:
     `sources[i]` the heads `parts[i]` of them that rank i brings.
 
     `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
-    `unconfirmed` are ranks whose pages were read later than they were spoken of: each has to say that they had not
-    changed. While blocks are on their way over a channel, what comes after them is `held_back`.
+    `unconfirmed` are ranks whose pages were read where they lie: each has to say that they had not changed. While
+    blocks are on their way over a channel, what comes after them is `held_back`.
     """
 
     room: int
@@ -46,7 +49,7 @@ class ReceiveRoom:
     data_plane: str = ZMQ
     unconfirmed: set[int] = field(default_factory=set)
     fetching: set[tuple[int, Block]] = field(default_factory=set)
-    held_back: list[Callable[[], None]] = field(default_factory=list)
+    held_back: list[tuple[PrefillPeer, Frame]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: float = 0.0
     finished: float = 0.0

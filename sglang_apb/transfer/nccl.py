@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.config import OPTION
-from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError, Ticket
+from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError
 from sglang_apb.transfer.gpu_pages import CudaPages, GpuSide, UploadedIds
 from sglang_apb.transfer.wire import Block, PageIds
 from sglang_apb.transfer.worker import Worker
@@ -77,6 +78,11 @@ class Communicator:
 
     def receive(self, address: int, num_bytes: int) -> None:
         self._call(self._lib.ncclRecv, address, num_bytes, _CALL_S)
+
+    @property
+    def is_closed(self) -> bool:
+        """Also while it ends what is on its way."""
+        return not self._comm
 
     def hurry(self) -> None:
         """Lets a call that waits in another thread end with an error."""
@@ -135,18 +141,31 @@ def _library() -> Any:
 class _Channel:
     """One side of a pair: its pool, and slots of memory through which blocks go.
 
-    Copies have a stream of their own: the next block is gathered while one is sent. What they need is uploaded on
-    another one, which waits for no other side.
+    Copies have a stream of their own: the next block is copied while one is sent. What they need is uploaded on another
+    one, which waits for no other side. What fails, in either of its threads, is told to `on_error`, once.
     """
 
-    def __init__(self, unique_id: bytes, rank: int, slot_bytes: int, pages: CudaPages, heads: range, page_size: int):
+    _rank: int
+
+    def __init__(
+        self,
+        unique_id: bytes,
+        slot_bytes: int,
+        on_error: Callable[[str], None],
+        *,
+        pages: CudaPages,
+        heads: range,
+        page_size: int,
+    ):
         self.slot_bytes = slot_bytes
         self._device = pages.buffers[0].device
         self._side = GpuSide.of(pages, heads, page_size)
-        self._pool_ids = UploadedIds(self._device)
-        self._tables: dict[tuple[int, range], PageCopy] = {}
+        self._on_error = on_error
+        self._is_closed = self._has_failed = False
         self._uploads, self._copies = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
-        self._communicator = Communicator(unique_id, rank, self._device)
+        self._pool_ids = UploadedIds(self._device, reader=self._copies)
+        self._tables: dict[tuple[int, range], PageCopy] = {}
+        self._communicator = Communicator(unique_id, self._rank, self._device)
         try:
             self._slots = find_memory(slot_bytes, self._device)
         except RuntimeError:
@@ -156,6 +175,7 @@ class _Channel:
 
     def close(self) -> None:
         """The slots stay until nothing can be written there any more."""
+        self._is_closed = True
         self._communicator.hurry()
         self._worker.submit(self._abort)
         self._worker.end()
@@ -164,8 +184,16 @@ class _Channel:
         self._communicator.abort()
         self._copies.synchronize()  # one may be queued behind a block that was not taken
 
-    def _num_bytes(self, part: range, block: Block) -> int:
-        return wire.block_bytes(block, self._side.page_lens(part))
+    def _try(self, function: Callable[[], None]) -> None:
+        if self._has_failed or self._is_closed:
+            return
+        try:
+            with torch.cuda.device(self._device):
+                function()
+        except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
+            if not (self._has_failed or self._is_closed):
+                self._has_failed = True
+                self._on_error(str(error))
 
     def _copy(self, slot: int, part: range, block: Block, ids: PageIds, *, to_pool: bool) -> None:
         """Queues the copying of a block between a slot and pages `ids` of the pool."""
@@ -176,9 +204,8 @@ class _Channel:
                 address = self._slots[slot].data_ptr()
                 table = self._tables[slot, part] = self._side.copy_of(part, address, self._device, to_pool=to_pool)
             there = self._pool_ids.of(ids), self._pool_ids.in_order(len(ids))
-        self._copies.wait_stream(self._uploads)
-        for tensor in (table.table, *there):
-            tensor.record_stream(self._copies)  # it may be forgotten here before it is read there
+        if not self._uploads.query():
+            self._uploads.synchronize()
         with torch.cuda.stream(self._copies):
             copy_pages_triton(table, block.first_buffer, block.num_buffers, *(reversed(there) if to_pool else there))
 
@@ -200,68 +227,63 @@ def find_memory(slot_bytes: int, device: torch.device) -> torch.Tensor:
 
 
 class NcclSender(_Channel):
-    """Prefill's side. Blocks are sent in the channel's thread; what fails there is told to `on_error`, once."""
+    """Prefill's side."""
 
-    def __init__(
-        self,
-        unique_id: bytes,
-        slot_bytes: int,
-        on_error: Callable[[str], None],
-        *,
-        pages: CudaPages,
-        heads: range,
-        page_size: int,
-    ):
-        super().__init__(unique_id, PREFILL, slot_bytes, pages, heads, page_size)
-        self._on_error = on_error
-        self._has_failed = False
-        self._next_slot = 0
+    _rank = PREFILL
+
+    def __init__(self, *arguments: Any, **side: Any):
+        super().__init__(*arguments, **side)
+        self._free = deque(range(NUM_SLOTS))
         self._sent: dict[int, torch.cuda.Event] = {}
         self._sending: deque[torch.cuda.Event] = deque()
 
-    def send(self, part: range, block: Block, ids: PageIds) -> None:
-        self._worker.submit(partial(self._try, partial(self._send_block, part, block, ids)))
+    @property
+    def is_full(self) -> bool:
+        return not self._free
+
+    def hold(self, part: range, block: Block, ids: PageIds) -> HeldBlock:
+        slot = self._free.popleft()
+        num_bytes = wire.block_bytes(block, self._side.page_lens(part))
+        if (address := self._side.straight(part, block, ids)) is not None:
+            return HeldBlock(self, slot, num_bytes, address, is_in_slot=False)
+        held = HeldBlock(self, slot, num_bytes, self._slots[slot].data_ptr())
+        self._submit(partial(self._gather, held, part, block, ids))
+        return held
 
     def send_nothing(self, num_bytes: int) -> None:
-        """Zeros: the other side waits for so much, of a request that is gone here."""
-        self._worker.submit(partial(self._try, partial(self._send_zeros, num_bytes)))
+        """Whatever a slot holds, which is for the same rank: it waits for so much."""
+        self._submit(partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
 
-    def _try(self, send: Callable[[], None]) -> None:
-        if self._has_failed:
-            return
-        try:
-            with torch.cuda.device(self._device):
-                self._check_taken()
-                send()
-        except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
-            self._has_failed = True
-            self._on_error(str(error))
+    def send(self, held: HeldBlock) -> None:
+        self._submit(partial(self._send, held))
+        self._free.append(held.slot)
 
-    def _send_block(self, part: range, block: Block, ids: PageIds) -> None:
-        num_bytes = self._num_bytes(part, block)
-        if (address := self._side.straight(part, block, ids)) is not None:
-            self._send(address, num_bytes)
-            return
-        slot = self._take_slot()
-        self._copy(slot, part, block, ids, to_pool=False)
-        self._send_slot(slot, num_bytes)
+    def drop(self, held: HeldBlock) -> None:
+        self._free.append(held.slot)
 
-    def _send_zeros(self, num_bytes: int) -> None:
-        slot = self._take_slot()
-        with torch.cuda.stream(self._copies):
-            self._slots[slot].zero_()
-        self._send_slot(slot, num_bytes)
+    def _submit(self, function: Callable[[], None]) -> None:
+        self._worker.submit(partial(self._try, function))
 
-    def _send_slot(self, slot: int, num_bytes: int) -> None:
-        self._communicator.stream.wait_stream(self._copies)
-        self._sent[slot] = self._send(self._slots[slot].data_ptr(), num_bytes)
+    def _gather(self, held: HeldBlock, part: range, block: Block, ids: PageIds) -> None:
+        if held.slot in self._sent:
+            self._copies.wait_event(self._sent[held.slot])
+        self._copy(held.slot, part, block, ids, to_pool=False)
+        held.read = torch.cuda.Event()
+        held.read.record(self._copies)
 
-    def _send(self, address: int, num_bytes: int) -> torch.cuda.Event:
-        self._communicator.send(address, num_bytes)
+    def _send(self, held: HeldBlock) -> None:
+        self._check_taken()
+        stream = self._communicator.stream
+        if held.read is not None:
+            stream.wait_event(held.read)
+        self._communicator.send(held.address, held.num_bytes)
         sent = torch.cuda.Event()
-        sent.record(self._communicator.stream)
+        sent.record(stream)
         self._sending.append(sent)
-        return sent
+        if held.is_in_slot:
+            self._sent[held.slot] = sent
+        else:
+            held.read = sent
 
     def _check_taken(self) -> None:
         """Raises ExchangeError when the other side asked for more than it has slots for."""
@@ -270,50 +292,62 @@ class NcclSender(_Channel):
         if len(self._sending) > 2 * NUM_SLOTS:  # the last ones may not be known to have arrived
             raise ExchangeError(f"{len(self._sending)} blocks were asked for and are not taken")
 
-    def _take_slot(self) -> int:
-        """Copies that are queued from now on wait until what was in it is sent."""
-        slot, self._next_slot = self._next_slot, (self._next_slot + 1) % NUM_SLOTS
-        if slot in self._sent:
-            self._copies.wait_event(self._sent[slot])
-        return slot
+
+@dataclass(eq=False)
+class HeldBlock:
+    """In its slot, or where it lies in the pool: then it is read until it has been sent."""
+
+    channel: NcclSender
+    slot: int
+    num_bytes: int
+    address: int
+    is_in_slot: bool = True
+    read: torch.cuda.Event | None = None
+
+    @property
+    def is_read(self) -> bool:
+        return self.read is not None and self.read.query()
+
+    def send(self) -> None:
+        self.channel.send(self)
+
+    def drop(self) -> None:
+        self.channel.drop(self)
 
 
 class NcclReceiver(_Channel):
-    """Decode's side. `wake` is called when a block is there, or can not be received, in any thread."""
+    """Decode's side. A thread more waits for blocks that are coming."""
 
-    def __init__(
-        self,
-        unique_id: bytes,
-        slot_bytes: int,
-        wake: Callable[[], None],
-        *,
-        pages: CudaPages,
-        heads: range,
-        page_size: int,
-    ):
-        super().__init__(unique_id, DECODE, slot_bytes, pages, heads, page_size)
-        self._wake = wake
+    _rank = DECODE
+
+    def __init__(self, *arguments: Any, **side: Any):
+        super().__init__(*arguments, **side)
         self._arrivals = Worker("kv-arrivals")
 
     def close(self) -> None:
         super().close()
         self._arrivals.end()
 
-    def post(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> Ticket:
-        posted = self._worker.submit(partial(self._receive, slot, num_bytes, when_queued))
-        arrived = self._arrivals.submit(lambda: posted.result().synchronize())
-        arrived.add_done_callback(lambda _: self._wake())  # not before its ticket says so
-        return lambda: arrived.done() and arrived.result() is None
+    def receive(
+        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+    ) -> None:
+        self._worker.submit(partial(self._try, partial(self._receive, slot, num_bytes, when_queued, when_there)))
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
-        with torch.cuda.device(self._device):
-            self._copy(slot, part, block, ids, to_pool=True)
+        self._copy(slot, part, block, ids, to_pool=True)
         self._copies.synchronize()
 
-    def _receive(self, slot: int, num_bytes: int, when_queued: Callable[[], None]) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=True)
-        with torch.cuda.device(self._device):
-            self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
-            event.record(self._communicator.stream)
+    def _receive(
+        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+    ) -> None:
+        self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record(self._communicator.stream)
+        self._arrivals.submit(partial(self._try, partial(self._wait_for, arrived, when_there)))
         when_queued()
-        return event
+
+    def _wait_for(self, arrived: torch.cuda.Event, when_there: Callable[[], None]) -> None:
+        arrived.synchronize()
+        if self._communicator.is_closed:  # what has been aborted is over, too
+            raise ExchangeError("the communicator is closed")
+        when_there()

@@ -10,9 +10,11 @@ from enum import Enum
 from typing import TypeAlias
 
 from sglang_apb.transfer import wire
-from sglang_apb.transfer.wire import Ask, Block, Buffer, PageIds
+from sglang_apb.transfer.exchange import Held
+from sglang_apb.transfer.wire import Ask, Block, Buffer
 
-Frames: TypeAlias = Iterator[list[Buffer]]
+# None: there are more, and not now.
+Frames: TypeAlias = Iterator[list[Buffer] | None]
 # Whether the bytes behind frames can be read: a GPU may still be writing them. Never blocks.
 IsFinal: TypeAlias = Callable[[], bool]
 
@@ -56,8 +58,9 @@ class SendRoom:
     closed: bool = False
     num_bytes: int = 0
     num_hidden_bytes: int = 0
-    is_offered: bool = False  # of its pages, some are read later than they are spoken of
-    unfetched: dict[Block, PageIds] = field(default_factory=dict)
+    is_offered: bool = False  # of its pages, some are read where they lie
+    held: dict[Block, Held] = field(default_factory=dict)  # until they are fetched
+    being_read: deque[Held] = field(default_factory=deque)
     started: float = 0.0
     finished: float = 0.0
     outbox: deque[Parcel] = field(default_factory=deque)
@@ -86,16 +89,24 @@ class SendRoom:
     def next_frame(self) -> list[Buffer] | None:
         """None when nothing is left, or nothing that is final. Raises what reading the pages raises."""
         while self.outbox and self.outbox[0].is_final():
-            frame = next(self.outbox[0].frames, None)
-            if frame is not None:
+            for frame in self.outbox[0].frames:
                 return frame
             self.outbox.popleft()
         return None
 
+    def is_read(self) -> bool:
+        """Whether nothing reads its pages any more, of what has been sent or held."""
+        while self.being_read and self.being_read[0].is_read:
+            self.being_read.popleft()
+        return not self.being_read
+
     def clear(self) -> None:
         self.outbox.clear()
-        self.unfetched.clear()
         self.unsent = None
+        self.being_read.clear()
+        while self.held:
+            _, held = self.held.popitem()
+            held.drop()
 
     @property
     def has_more(self) -> bool:

@@ -11,6 +11,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.exchange import Fetch, ReceivingChannel
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
@@ -32,7 +33,7 @@ _PING = wire.pack(Kind.PING, 0, 0)
 
 class PrefillPeer:
     """The rank at `address`, to which `send` sends a frame. `receive_some` is called when frames of it are there,
-    `lose` with the reason when it is gone. Everything is the loop's thread's.
+    `lose` with the reason when it is gone. Everything is the loop's thread's, but `place` (see `ways.Way`).
 
     Nothing is sent over the second connection but one ping, and ZMQ's own: see `loop.ask_for_life`.
     """
@@ -46,6 +47,7 @@ class PrefillPeer:
         *,
         send: Callable[[list[Buffer]], None],
         receive_some: Callable[[PrefillPeer], None],
+        place: Callable[[ReceivingChannel, int, Fetch], None],
         lose: Callable[[str], None],
     ):
         self.address = address
@@ -55,7 +57,7 @@ class PrefillPeer:
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         ask_for_life(self._life)
         self._monitors = [each.get_monitor_socket(_LOST) for each in (self.socket, self._life)]
-        self.way = Way(ways, str(address), identity, loop.call, send, lose)
+        self.way = Way(ways, str(address), identity, loop.call, send, place, lose)
         loop.watch(self.socket, partial(receive_some, self))
         loop.watch(self._life, self._answer_pings)
         for monitor in self._monitors:

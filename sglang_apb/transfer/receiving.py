@@ -34,7 +34,7 @@ from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Join, Ki
 
 logger = logging.getLogger(__name__)
 
-# A channel says when a block is there; this finds those that never come.
+# How often to look for blocks that never come.
 FETCH_POLL_MS = 100
 
 
@@ -160,6 +160,7 @@ class ReceivingEndpoint(SocketLoop):
                 *(self, address, max(largest_payload(self._pages, self._aux), wire.MAX_BODY_BYTES), self._ways),
                 send=partial(self._send, address),
                 receive_some=self._receive_some,
+                place=self._place,
                 lose=partial(self._lose, address),
             )
             self._observer.has_peers(len(self._peers))
@@ -212,10 +213,10 @@ class ReceivingEndpoint(SocketLoop):
         with room.lock:
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
-            if room.fetching and frame.kind in (Kind.AUX, Kind.END):
+            if (room.fetching or room.held_back) and frame.kind in (Kind.AUX, Kind.END):
                 if len(room.held_back) >= 2 * len(room.ranks):
                     raise WireError(f"{frame.kind.name} again, while blocks are on their way")
-                room.held_back.append(partial(self._dispatch, peer, frame))
+                room.held_back.append((peer, frame))
                 return
             try:
                 self._take(room, room.ranks.index(peer.address), frame, peer)
@@ -285,27 +286,18 @@ class ReceivingEndpoint(SocketLoop):
         if (num_bytes := wire.block_bytes(block, item_lens)) > (most := fetcher.channel.slot_bytes):
             raise WireError(f"rank {rank} has a block of {num_bytes} bytes ready, at most {most} are fetched")
         room.data_plane = NCCL
-        room.unconfirmed.add(rank)
         if (rank, block) in room.fetching:
             raise WireError(f"rank {rank} has {block} ready twice")
         room.fetching.add((rank, block))
         fetcher.add(Fetch(room, rank, block, num_bytes))
 
     def work(self) -> int | None:
-        """Places blocks that have come over channels."""
-        is_busy = False
-        for peer in list(self._peers.values()):
-            fetcher = peer.way.fetcher
-            if fetcher is None or not fetcher.is_busy:
-                continue
-            try:
-                fetcher.deliver(self._place)
-            except Exception as error:
-                self._lose(peer.address, f"The channel to prefill rank {peer.address} does not work ({error}).")
-            is_busy = is_busy or fetcher.is_busy
-        return FETCH_POLL_MS if is_busy else None
+        """Finds blocks that do not come."""
+        are_busy = [peer.way.check() for peer in list(self._peers.values())]
+        return FETCH_POLL_MS if any(are_busy) else None
 
     def _place(self, channel: ReceivingChannel, slot: int, fetch: Fetch) -> None:
+        """Takes a block that has come over a channel out of its slot. In a thread of the channel."""
         room, block = fetch.room, fetch.block
         with room.lock:
             room.fetching.discard((fetch.rank, block))
@@ -319,12 +311,17 @@ class ReceivingEndpoint(SocketLoop):
                 self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
                 return
             room.assembly.add_block(fetch.rank, block, fetch.num_bytes)
-            held_back, room.held_back = ([], room.held_back) if room.fetching else (room.held_back, [])
-        for dispatch in held_back:
+            if room.held_back and not room.fetching:
+                self.call(partial(self._catch_up, room))
+
+    def _catch_up(self, room: ReceiveRoom) -> None:
+        with room.lock:
+            held_back, room.held_back = room.held_back, []
+        for peer, frame in held_back:
             try:
-                dispatch()
+                self._dispatch(peer, frame)
             except WireError as error:
-                self._observer.refused_frame(str(room.ranks[fetch.rank]), error)
+                self._observer.refused_frame(str(peer.address), error)
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         payload, expected = frame.payload or b"", sum(self._aux.item_lens)

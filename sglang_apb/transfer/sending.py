@@ -129,7 +129,7 @@ class SendingEndpoint(SocketLoop):
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
         """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
         room.num_hidden_bytes = room.num_bytes
-        self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)))
+        self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)), room.is_read)
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
@@ -162,7 +162,10 @@ class SendingEndpoint(SocketLoop):
             self._num_waiting += 1
         if not self._busy:
             return PROBE_MS
-        return RETRY_MS if self._num_waiting >= len(self._busy) else 0
+        if self._num_waiting < len(self._busy):
+            return 0
+        self._num_waiting = 0  # whatever ends the wait, each is looked at again
+        return RETRY_MS
 
     def _probe(self) -> None:
         for identity, why in self._peers.find_lost():
@@ -219,13 +222,13 @@ class SendingEndpoint(SocketLoop):
             return None
 
     def _blocks(self, room: SendRoom, pages: PageRange, ids: PageIdsLater, of_layers: range) -> Frames:
-        what = room, self._part_for(room), of_layers, pages, ids()
+        pool, where = self._part_for(room), (of_layers, pages, ids())
         if self._peers.has_mapped(room.identity):
-            yield from blocks.offered(*what)
+            yield from blocks.offered(room, pool, *where)
         elif (channel := self._peers.channel(room.identity)) is not None:
-            yield from blocks.fetched(*what, channel.slot_bytes)
+            yield from blocks.held(room, pool.item_lens, *where, channel, self._part_of(room))
         else:
-            yield from blocks.sent(*what)
+            yield from blocks.sent(room, pool, *where)
 
     def _serve_memory(self, memory: Memory) -> MemoryServer | None:
         try:
@@ -246,11 +249,14 @@ class SendingEndpoint(SocketLoop):
         with self._lock:
             room = self._rooms.get(frame.key)
         is_asked = room is not None and (room.identity, room.attempt) == (identity, frame.attempt)
-        ids = room.unfetched.pop(block, None) if is_asked and room is not None and room.is_sending else None
-        if room is None or ids is None:
+        held = room.held.get(block) if is_asked and room is not None else None
+        if room is None or held is None:
             channel.send_nothing(num_bytes)
+        elif held.num_bytes != num_bytes:
+            raise WireError(f"FETCH: {num_bytes} bytes of a block of {held.num_bytes}")
         else:
-            channel.send(self._part_of(room), block, ids)
+            del room.held[block]
+            held.send()
 
     def _lose_channel(self, identity: bytes, error: str) -> None:
         """Its requests fail; later ones go over ZMQ."""

@@ -10,7 +10,7 @@ from functools import partial
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
-from sglang_apb.transfer.exchange import MIN_SLOT_BYTES, ExchangeError, Fetcher, Meeting, ReceivingChannel
+from sglang_apb.transfer.exchange import MIN_SLOT_BYTES, ExchangeError, Fetch, Fetcher, Meeting, ReceivingChannel
 from sglang_apb.transfer.wire import Buffer, Join, WireError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,9 @@ class Way:
     """To the prefill rank at `address`, for which this side is called `identity`. Until a better one is found, in
     threads of their own, KV comes over ZMQ.
 
-    `remote` is its pool, once that can be read as it lies; `fetcher` gets blocks, once there is a channel. `call` runs
-    a command in the endpoint's thread, in which `send` and `give_up` have to run, and everything else here.
+    `remote` is its pool, once that can be read as it lies; `fetcher` gets blocks, once there is a channel, and has each
+    of them taken by `place`. `call` runs a command in the endpoint's thread, in which `send` and `give_up` have to run,
+    and everything else here.
     """
 
     def __init__(
@@ -43,12 +44,13 @@ class Way:
         identity: bytes,
         call: Callable[[Callable[[], None]], None],
         send: Callable[[list[Buffer]], None],
+        place: Callable[[ReceivingChannel, int, Fetch], None],
         give_up: Callable[[str], None],
     ):
         self.remote: RemotePool | None = None
         self.fetcher: Fetcher | None = None
         self._ways, self._address, self._identity = ways, address, identity
-        self._call, self._send, self._give_up = call, send, give_up
+        self._call, self._send, self._place, self._give_up = call, send, place, give_up
         self._lock = threading.Lock()
         self._is_closed = self._is_waiting = False
         if ways.map_memory is not None or ways.meeting is not None:
@@ -63,7 +65,7 @@ class Way:
             raise WireError("JOIN that nobody asked for")
         self._is_waiting = False
         if self.fetcher is not None:
-            self.fetcher.channel.close()
+            self.fetcher.close()
             self.fetcher = None
         if join.reason:
             self._do_without(f"There is no channel to prefill rank {self._address}: {join.reason}")
@@ -78,7 +80,7 @@ class Way:
             if self.remote is not None:
                 _close(self.remote)
         if self.fetcher is not None:
-            self.fetcher.channel.close()
+            self.fetcher.close()
 
     def _find(self) -> None:
         reason = ""
@@ -112,7 +114,7 @@ class Way:
         try:
             if not MIN_SLOT_BYTES <= slot_bytes <= meeting.slot_bytes:
                 raise ExchangeError(f"it wants slots of {slot_bytes} bytes, of {meeting.slot_bytes}")
-            channel = meeting.receiver(unique_id, slot_bytes, partial(self._call, _look))
+            channel = meeting.receiver(unique_id, slot_bytes, lambda reason: self._call(partial(self._break, reason)))
         except Exception as error:
             self._call(partial(self._do_without, f"There is no channel to prefill rank {self._address}: {error}"))
         else:
@@ -122,12 +124,22 @@ class Way:
         if self._is_closed:
             channel.close()
             return
-        self.fetcher = Fetcher(channel, lambda frame: self._call(partial(self._send_over, channel, frame)))
+        self.fetcher = Fetcher(channel, self._send, self._call, self._place)
         self._send(wire.pack_message(Join(unique_id=unique_id), 0, 0))
 
-    def _send_over(self, channel: ReceivingChannel, fetch: list[Buffer]) -> None:
-        if not self._is_closed and self.fetcher is not None and self.fetcher.channel is channel:
-            self._send(fetch)
+    def check(self) -> bool:
+        """Whether there is something to look after: blocks that are coming, which must not take too long."""
+        if self.fetcher is None or not self.fetcher.is_busy:
+            return False
+        try:
+            self.fetcher.check()
+        except ExchangeError as error:
+            self._break(str(error))
+        return True
+
+    def _break(self, reason: str) -> None:
+        if not self._is_closed:
+            self._give_up(f"The channel to prefill rank {self._address} does not work ({reason}).")
 
     def _do_without(self, reason: str) -> None:
         if self._is_closed:
@@ -136,10 +148,6 @@ class Way:
             logger.info("KV transfer: KV comes over zmq. %s", reason)
         else:
             self._give_up(reason)
-
-
-def _look() -> None:
-    """Nothing: with any command the endpoint's thread looks for blocks that have come."""
 
 
 def _close(remote: RemotePool) -> None:

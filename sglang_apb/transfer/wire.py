@@ -29,7 +29,7 @@ from msgspec import Meta
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 5
+VERSION = 6
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
@@ -78,7 +78,7 @@ class Kind(IntEnum):
     EXPECT = 8  # decode to prefill: an ASK for this room will follow when there is memory for its KV
     PING = 9  # nothing: shows whether a connection is there, and to prefill, which one pings go over
     OFFER = 10  # prefill to decode: a block that is final and may be read where it lies (direct.py)
-    KEPT = 11  # prefill to decode: what was offered, or fetched, had not changed when DONE came
+    KEPT = 11  # prefill to decode: what was offered had not changed when DONE came
     JOIN = 12  # both ways: how to make a channel (exchange.py)
     READY = 13  # prefill to decode: a block that is final and can be fetched over the channel
     FETCH = 14  # decode to prefill: the channel waits for that block

@@ -1,7 +1,8 @@
 """`sglang-apb bench transfer`: a prompt's KV from one process to another on this machine, beside other ways to send it.
 
-Both processes hold a KV pool. Times are from the decode side's request to its last byte, in place. What the others are
-compared with has nothing to gather, check or place: a raw socket, and between GPUs one NCCL call for everything.
+Both processes hold a KV pool, and decode has asked for a prompt's KV, as it has in a server when the prefill ends.
+Times are from then to the last byte, in place. What the others are compared with has nothing to gather, check or place:
+a raw socket, and between GPUs one NCCL call for everything.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
                 endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1), *pool.to_offer())
             pipe.send(endpoints[argument].port)
         else:
-            _send_zmq(endpoints[way], pool, *argument)
+            _send_zmq(endpoints[way], pool, pipe, *argument)
 
 
 def _keys(folder: Path, name: str) -> keys.Keys | None:
@@ -235,8 +235,10 @@ def _zmq(
         nonlocal plane
         numbers = [next(rooms) for _ in range(at_once)]
         pipe.send((folder is not None, (numbers, scattered)))
-        started = time.perf_counter()
         opened = [receiver.open(number, [address], ids, 0) for number in numbers]
+        pipe.recv()  # all are asked for, as they are in a server when the prefill ends
+        started = time.perf_counter()
+        pipe.send("go")
         while any(room.state is ReceiveState.RECEIVING for room in opened):
             time.sleep(pool.poll_s)
         seconds = time.perf_counter() - started
@@ -258,13 +260,17 @@ def _zmq(
         receiver.stop()
 
 
-def _send_zmq(endpoint: SendingEndpoint, pool: Pool | GpuPool, numbers: Sequence[int], scattered: bool) -> None:
+def _send_zmq(
+    endpoint: SendingEndpoint, pool: Pool | GpuPool, pipe: Connection, numbers: Sequence[int], scattered: bool
+) -> None:
     opened = [endpoint.open(number) for number in numbers]
     ids = pool.ids(scattered=scattered)
     pages = (0, len(ids))
+    while any(room.state is SendState.UNASKED for room in opened):
+        time.sleep(pool.poll_s)
+    pipe.send("asked")
+    pipe.recv()
     for room in opened:
-        while room.state is SendState.UNASKED:
-            time.sleep(pool.poll_s)
         endpoint.announce(room, [pages])
         endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
         endpoint.finish(room, 0, {})

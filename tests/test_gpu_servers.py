@@ -1,0 +1,69 @@
+"""Real servers on GPUs, of which SGLang needs more than one for this."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from asking import Answer, generate, prompts
+from conftest import next_port, running
+
+from sglang_apb.commands.servers import LocalCluster, LocalServer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 3, reason="needs three GPUs")]
+
+LENGTHS = (300, 1300, 3000)
+ARGUMENTS = ("--dtype", "bfloat16", "--max-total-tokens", "12000", "--attention-backend", "triton")
+TWO_RANKS = ("--tp", "2")
+# Of log-probabilities in bfloat16, where a decode rank has all heads or half of them.
+TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module")
+def model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With one KV head, which both of two tensor-parallel ranks have."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
+    return tiny_models.make("LlamaForCausalLM", smollm2, tmp_path_factory.mktemp("tiny") / "one-head", **sizes)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path, log_dirs: Iterator[Path]) -> list[Answer]:
+    arguments = [*ARGUMENTS, *TWO_RANKS]
+    with running(LocalServer(str(model), port=next_port(), log_dir=next(log_dirs), arguments=arguments)) as url:
+        return [generate(url, prompt) for prompt in prompts(model, LENGTHS)]
+
+
+@pytest.mark.parametrize("plane", ["zmq", "cuda_ipc", "nccl"])
+def test_two_prefill_ranks_with_the_same_head_to_one_decode_rank(
+    plane: str, model: Path, wanted: list[Answer], log_dirs: Iterator[Path]
+) -> None:
+    """Each sends a part of the pages."""
+    config = ("--kv-transfer-config", json.dumps({"data_plane": plane}))
+    service = LocalCluster(
+        str(model),
+        port=next_port(),
+        log_dir=next(log_dirs),
+        sp_size=2,
+        prefill_backend=None,
+        arguments=[*ARGUMENTS, *config],
+        prefill_arguments=TWO_RANKS,
+    )
+    with running(service) as url:
+        found = [generate(url, prompt) for prompt in prompts(model, LENGTHS)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_same_but_for_rounding(ours, theirs)
+
+
+def assert_same_but_for_rounding(found: Answer, wanted: Answer) -> None:
+    """Tokens may differ where two were nearly as likely; what follows says nothing any more."""
+    steps = zip(found.token_ids, wanted.token_ids, found.logprobs, wanted.logprobs, strict=True)
+    for step, (ours, theirs, our_logprob, their_logprob) in enumerate(steps):
+        assert abs(our_logprob - their_logprob) < TOLERANCE, f"token {step}: {our_logprob} and {their_logprob}"
+        if ours != theirs:
+            assert step, "the first token, which prefill computes, is another one"
+            print(f"token {step}: {ours} ({our_logprob:.3f}) or {theirs} ({their_logprob:.3f})")
+            return
