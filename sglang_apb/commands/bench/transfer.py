@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="where both pools are; cuda: on two GPUs, or on the one there is",
     )
-    parser.add_argument("--repeats", type=count, default=7, help="of which the median counts")
+    parser.add_argument("--repeats", type=count, default=7, help="of each turn; the median of all counts")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="for all figures, and the settings")
 
 
