@@ -84,7 +84,7 @@ def time_ways(
     prompt: Prompt, repeats: int, device: str, names: tuple[str, ...] = ("",)
 ) -> tuple[list[Time], list[str]]:
     """The times of each way whose name begins with one of `names`, and what to say of those that are missing."""
-    notes: list[str] = []
+    notes: dict[str, str] = {}
     pool = make_pool(prompt, 0, device)
     with _prefill_side(prompt, device) as (pipe, folder):
         ways = _gpu_ways(pool, pipe) if isinstance(pool, GpuPool) else _cpu_ways(pool, pipe, folder)
@@ -95,10 +95,11 @@ def time_ways(
                 with start() as once:
                     seconds[way] += [once() for _ in range(_WARM_UP + repeats)][_WARM_UP:]
             except (ImportError, OSError) as error:
-                notes.append(f"{way}: not measured ({error})")
+                notes[way] = f"{way}: not measured ({error})"
                 continue
             pool.check(1)
-    return [Time(prompt.name, way, prompt.num_bytes, values) for way, values in seconds.items() if values], notes
+    times = [Time(prompt.name, way, prompt.num_bytes, values) for way, values in seconds.items() if values]
+    return times, list(notes.values())
 
 
 Starts = dict[str, Callable[[], Any]]
