@@ -15,8 +15,8 @@ from transfer_peers import AUX_LENS, ITEM_LENS, Cluster, Tubes, asked, cluster, 
 
 from sglang_apb.transfer import exchange, loop, nccl, receiving, sending, ways, wire
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
-from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.outbox import SendState
+from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
+from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.ways import Way, Ways
 from sglang_apb.transfer.wire import Block, Frame, Join, Kind, WireError
 from sglang_apb.transfer.worker import Worker
@@ -34,6 +34,16 @@ def connect(peers: Cluster) -> None:
     peers.receiver.close(ready)
     for sender, room in zip(peers.senders, rooms, strict=True):
         sender.close(room)
+
+
+EIGHT = np.arange(8)
+
+
+def opened(peers: Cluster, number: int, pages: np.ndarray = EIGHT) -> tuple[ReceiveRoom, SendRoom]:
+    """A request on both sides, for which decode has asked the first prefill rank."""
+    decode, room = peers.ask(number, pages), peers.senders[0].open(number)
+    assert asked(room)
+    return decode, room
 
 
 @pytest.mark.parametrize("num_ranks", OWNED)
@@ -73,8 +83,7 @@ def test_a_block_is_placed_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sending, "PROBE_MS", 60_000)
     with cluster(tubes=Tubes()) as peers:
         connect(peers)
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         peers.senders[0].announce(room, [(0, 8)])
         peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))
         assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
@@ -87,8 +96,7 @@ def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pyt
     with cluster(tubes=Tubes()) as peers:
         connect(peers)
         monkeypatch.setattr(transfer_peers._TubeEnd, "write", fail)
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert not received(decode)
         assert "could not be placed: no space left on device" in decode.reason
@@ -99,8 +107,7 @@ def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
     with cluster(tubes=tubes) as peers:
         connect(peers)
         tubes.before_arrival = lambda: False
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert wait_for(lambda: bool(decode.held_back))
         time.sleep(0.05)
@@ -115,8 +122,7 @@ def test_what_waited_for_blocks_stays_before_what_comes_later(monkeypatch: pytes
     with cluster(tubes=tubes) as peers:
         connect(peers)
         tubes.before_arrival = lambda: False
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         sender = peers.senders[0]
         sender.announce(room, [(0, 8)])
         sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
@@ -143,8 +149,7 @@ def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
     tubes.is_read = False
     with cluster(tubes=tubes) as peers:
         connect(peers)
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
         time.sleep(0.05)
@@ -179,8 +184,7 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
     with cluster(tubes=tubes) as peers:
         connect(peers)
         sender = peers.senders[0]
-        first, room = peers.ask(1, np.arange(8)), sender.open(1)
-        assert asked(room)
+        first, room = opened(peers, 1)
         sender.announce(room, [(0, 8)])
         assert wait_for(lambda: first.assembly._ranges[0] is not None)
         # READY, of a request that is closed when its FETCH comes.
@@ -190,8 +194,7 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
         sender.close(room, "The client went away.")
         assert wait_for(lambda: first.state is ReceiveState.FAILED)
         assert first.reason == "The client went away."
-        second, room = peers.ask(2, np.arange(10, 18)), sender.open(2)
-        assert asked(room)
+        second, room = opened(peers, 2, np.arange(10, 18))
         send_owned(sender, room, np.arange(8), [(0, 8)], 5)
         assert received(second), second.reason
         assert rows(peers.pool, np.arange(10, 18)) == rows(peers.pools[0], np.arange(8))
@@ -208,14 +211,12 @@ def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq(kin
             raise kind("remote process exited")
 
         tubes.before_send = fail
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert not received(decode)
         assert "does not work (remote process exited)" in decode.reason == room.reason
         assert wait_for(lambda: all(end.is_closed for end in tubes.ends))
-        decode, room = peers.ask(2, np.arange(8)), peers.senders[0].open(2)
-        assert asked(room)
+        decode, room = opened(peers, 2)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode), decode.reason
         assert decode.data_plane == "zmq"
@@ -228,16 +229,14 @@ def test_a_block_that_never_comes_ends_its_channel(monkeypatch: pytest.MonkeyPat
     with cluster(tubes=tubes) as peers:
         connect(peers)
         tubes.before_arrival = lambda: False
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert not received(decode)
         assert "a block has not come for 0.3 s" in decode.reason
         assert wait_for(lambda: room.state is SendState.FAILED)
         tubes.before_arrival = lambda: True
         connect(peers)
-        decode, room = peers.ask(2, np.arange(8)), peers.senders[0].open(2)
-        assert asked(room)
+        decode, room = opened(peers, 2)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode) and decode.data_plane == "nccl"
 
@@ -250,8 +249,7 @@ def test_wrong_frames_while_blocks_are_on_their_way_cost_no_slot() -> None:
         for number in range(1, exchange.NUM_SLOTS + 2):
             arrives = threading.Event()
             tubes.before_arrival = arrives.is_set
-            decode, room = peers.ask(number, np.arange(8)), sender.open(number)
-            assert asked(room)
+            decode, room = opened(peers, number)
             sender.announce(room, [(0, 8)])
             sender.send_pages(room, (0, 8), lambda: np.arange(8), range(3))
             assert wait_for(lambda room=decode: bool(room.fetching))
@@ -282,8 +280,7 @@ def test_where_there_is_no_memory_for_a_channel_pages_are_sent(side: str) -> Non
     tubes = Tubes()
     tubes.has_memory[side] = False
     with cluster(tubes=tubes) as peers:
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         time.sleep(0.1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode), decode.reason
@@ -365,8 +362,7 @@ def test_a_fetch_of_another_size_changes_nothing() -> None:
     with cluster(tubes=tubes) as peers:
         connect(peers)
         tubes.before_arrival = lambda: False
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         decode.closed = True  # so that the decode rank does not ask for it
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert wait_for(lambda: bool(room.held))
@@ -379,8 +375,7 @@ def test_a_fetch_of_another_size_changes_nothing() -> None:
 
 def test_frames_that_are_not_expected_change_nothing() -> None:
     with cluster() as peers:
-        decode, room = peers.ask(1, np.arange(8)), peers.senders[0].open(1)
-        assert asked(room)
+        decode, room = opened(peers, 1)
         sender = peers.senders[0]
         sender.announce(room, [(0, 8)])
         ready = wire.pack(Kind.READY, 1, room.attempt, Block(0, 6, 0, 8).pack())
