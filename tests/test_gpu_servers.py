@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,9 +54,18 @@ def test_two_prefill_ranks_with_the_same_head_to_one_decode_rank(
         prefill_arguments=TWO_RANKS,
     )
     with running(service) as url:
+        wait_for_plane(url, service.groups[1].log_path, plane)
         found = [generate(url, prompt) for prompt in prompts(model, LENGTHS)]
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same_but_for_rounding(ours, theirs)
+
+
+def wait_for_plane(url: str, decode_log: Path, plane: str) -> None:
+    """Until both prefill ranks' KV comes so, KV goes over zmq."""
+    deadline = time.monotonic() + 60
+    while plane != "zmq" and decode_log.read_text().count(f"comes over {plane}") < 2:
+        assert time.monotonic() < deadline, f"no {plane} between the ranks"
+        generate(url, list(range(100)))
 
 
 def assert_same_but_for_rounding(found: Answer, wanted: Answer) -> None:

@@ -87,6 +87,8 @@ def test_a_block_is_placed_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> 
         peers.senders[0].announce(room, [(0, 8)])
         peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))
         assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
+        peers.senders[0].finish(room, 5, {})
+        assert received(decode), decode.reason
 
 
 def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +148,7 @@ def test_what_waited_for_blocks_stays_before_what_comes_later(monkeypatch: pytes
 def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
     """Until then they must not change, and so the request must not be over."""
     tubes = Tubes()
-    tubes.is_read = False
+    tubes.needs_no_pages = False
     with cluster(tubes=tubes) as peers:
         connect(peers)
         decode, room = opened(peers, 1)
@@ -154,9 +156,62 @@ def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
         assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
         time.sleep(0.05)
         assert decode.state is ReceiveState.RECEIVING and room.state is SendState.ASKED
-        tubes.is_read = True
+        tubes.needs_no_pages = True
         assert received(decode), decode.reason
         assert wait_for(lambda: room.state is SendState.DONE)
+
+
+def test_the_end_comes_when_every_block_has_been_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block that is fetched when its request is gone is any bytes: the request must not be complete with them."""
+    with cluster(tubes=Tubes()) as peers:
+        connect(peers)
+        (peer,) = peers.receiver._peers.values()
+        fetches: list[list[wire.Buffer]] = []
+        monkeypatch.setattr(peer.way.fetcher, "_fetch", fetches.append)
+        decode, room = opened(peers, 1)
+        sender = peers.senders[0]
+        send_owned(sender, room, np.arange(8), [(0, 8)], 5)
+        assert wait_for(lambda: bool(fetches))
+        time.sleep(0.05)
+        assert not decode.held_back
+        monkeypatch.setattr(sender, "_drop", lambda *_: None)  # STOP comes too late
+        sender.close(room)
+        peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetches[0]))
+        assert wait_for(lambda: not decode.fetching)
+        time.sleep(0.05)
+        assert decode.state is ReceiveState.RECEIVING
+        peers.receiver.close(decode)
+
+
+def test_pages_that_fit_no_slot_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "MIN_SLOT_BYTES", 100)
+    monkeypatch.setattr(ways, "MIN_SLOT_BYTES", 100)
+    tubes = Tubes()
+    tubes.slot_bytes = {"decode's": 100}
+    assert max(ITEM_LENS) > 100
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        decode, room = opened(peers, 1)
+        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
+        assert received(decode), decode.reason
+        assert decode.data_plane == "zmq" and rows(peers.pool, np.arange(8)) == rows(peers.pools[0], np.arange(8))
+
+
+def test_no_more_blocks_are_ready_than_there_are_slots() -> None:
+    """A prefill rank that says so must not fill this side's memory."""
+    tubes = Tubes()
+    with cluster(tubes=tubes) as peers:
+        connect(peers)
+        tubes.before_arrival = lambda: False
+        decode, room = opened(peers, 1)
+        peers.senders[0].announce(room, [(0, 8)])
+        for first in range(len(ITEM_LENS)):
+            for page in range(8):
+                ready = wire.pack(Kind.READY, 1, room.attempt, Block(first, 1, page, 1).pack())
+                peers.senders[0].call(partial(peers.senders[0]._peers.reply, room.identity, ready))
+        assert wait_for(lambda: len(decode.fetching) == 2 * exchange.NUM_SLOTS)
+        time.sleep(0.05)
+        assert len(decode.fetching) == 2 * exchange.NUM_SLOTS
 
 
 def test_blocks_that_are_not_fetched_are_let_go_with_their_request() -> None:
@@ -356,12 +411,12 @@ def test_frames_out_of_bounds() -> None:
         wire.parse_ready(wire.parse(wire.pack(Kind.READY, 1, 1, block.pack())), 5, 2)
 
 
-def test_a_fetch_of_another_size_changes_nothing() -> None:
+def test_a_fetch_of_another_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's send would wait for ever, on the prefill rank's GPU."""
-    tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
+    with cluster(tubes=Tubes()) as peers:
         connect(peers)
-        tubes.before_arrival = lambda: False
+        refused: list[str] = []
+        monkeypatch.setattr(peers.senders[0]._observer, "refused_frame", lambda _, error: refused.append(str(error)))
         decode, room = opened(peers, 1)
         decode.closed = True  # so that the decode rank does not ask for it
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
@@ -369,7 +424,7 @@ def test_a_fetch_of_another_size_changes_nothing() -> None:
         (block,) = room.held
         fetch = wire.pack(Kind.FETCH, 1, room.attempt, wire.pack_fetch(block, 100))
         peers.receiver.call(partial(peers.receiver._send, peers.addresses[0], fetch))
-        time.sleep(0.05)
+        assert wait_for(lambda: refused == [f"FETCH: 100 bytes of a block of {8 * sum(ITEM_LENS)}"]), refused
         assert set(room.held) == {block} and room.state is SendState.ASKED
 
 

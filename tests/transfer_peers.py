@@ -119,7 +119,7 @@ class Tubes:
 
     def __init__(self) -> None:
         self._posted: dict[bytes, deque[tuple[int, bytearray, Callable[[], None]]]] = {}
-        self.is_read = True
+        self.needs_no_pages = True
         self._ids = itertools.count()
         self.ends: list[_TubeEnd] = []
         self.before_arrival: Callable[[], bool] = lambda: True
@@ -223,8 +223,8 @@ class _Held:
         return len(self.payload)
 
     @property
-    def is_read(self) -> bool:
-        return self.end._tubes.is_read
+    def needs_no_pages(self) -> bool:
+        return self.end._tubes.needs_no_pages
 
     def send(self) -> None:
         self.end.num_held -= 1

@@ -45,7 +45,7 @@ def held(
         while channel.is_full:
             yield None
         room.held[block] = channel.hold(part, block, ids_of_block)
-        room.being_read.append(room.held[block])
+        room.in_use.append(room.held[block])
         room.num_bytes += wire.block_bytes(block, item_lens)
         yield wire.pack(Kind.READY, room.room, room.attempt, block.pack(), asker=room.asker)
 

@@ -8,7 +8,7 @@
     decode has a slot free, waits for the block there
               FETCH: the block           -->           the block goes over the channel
     decode copies it into its pool
-              <--  END, when every block has been copied: its pages may change now
+              <--  END, when every block has been fetched, and no page is read any more
 
 A send that nobody waits for would hold multiprocessors of the prefill rank's GPU, and one peer that hangs all others.
 """
@@ -51,8 +51,8 @@ class Held(Protocol):
     def num_bytes(self) -> int: ...
 
     @property
-    def is_read(self) -> bool:
-        """Whether nothing reads its pages any more."""
+    def needs_no_pages(self) -> bool:
+        """Whether nothing reads them any more."""
         ...
 
     def send(self) -> None: ...

@@ -40,6 +40,10 @@ _CALL_S = 2.0
 # NCCL's kernel takes that many multiprocessors of a GPU that computes beside it. NVLink needs them (H200: 8 reach 257
 # of 359 GB/s, 16 reach 354); over a network NCCL takes fewer by itself.
 _MAX_CTAS = 16
+# PyTorch has 32 streams of each priority, and hands them out again: those of SGLang, which have 0, wait for no peer so.
+# Sending goes before copying, since the other side's multiprocessors stand by, and both before prefill, which fills the
+# GPU.
+_UPLOADS, _SENDING, _COPIES = -3, -2, -1
 # Of GPU memory, for what the server computes, beside NCCL's own.
 _SPARE_BYTES = 1 << 30
 
@@ -57,8 +61,7 @@ class Communicator:
 
         self._lib, self._peer = _library().lib, 1 - rank
         self._is_hurried = False
-        # First of what waits for multiprocessors: copies and prefill fill the GPU, and the other side's stand by.
-        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.stream = torch.cuda.Stream(device, priority=_SENDING)
         self._comm = ctypes.c_void_p()
         config = wrapper.ncclConfig_t.create()
         config.blocking, config.maxCTAs = 0, _MAX_CTAS
@@ -162,15 +165,18 @@ class _Channel:
         self._side = GpuSide.of(pages, heads, page_size)
         self._on_error = on_error
         self._is_closed = self._has_failed = False
-        self._uploads, self._copies = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
+        self._uploads = torch.cuda.Stream(self._device, priority=_UPLOADS)
+        self._copies = torch.cuda.Stream(self._device, priority=_COPIES)
         self._pool_ids = UploadedIds(self._device, reader=self._copies)
         self._tables: dict[tuple[int, range], PageCopy] = {}
         self._communicator = Communicator(unique_id, self._rank, self._device)
         try:
-            self._slots = find_memory(slot_bytes, self._device)
+            # Nothing of what was there may be sent (`send_nothing`).
+            self._slots = find_memory(slot_bytes, self._device).zero_()
         except RuntimeError:
             self._communicator.abort()
             raise
+        torch.cuda.current_stream(self._device).synchronize()
         self._worker = Worker("kv-nccl")
 
     def close(self) -> None:
@@ -251,7 +257,7 @@ class NcclSender(_Channel):
         return held
 
     def send_nothing(self, num_bytes: int) -> None:
-        """Whatever a slot holds, which is for the same rank: it waits for so much."""
+        """Whatever a slot holds, which is zeros or for the same rank: it waits for so much."""
         self._submit(partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
 
     def send(self, held: HeldBlock) -> None:
@@ -268,8 +274,9 @@ class NcclSender(_Channel):
         if held.slot in self._sent:
             self._copies.wait_event(self._sent[held.slot])
         self._copy(held.slot, part, block, ids, to_pool=False)
-        held.read = torch.cuda.Event()
-        held.read.record(self._copies)
+        read = torch.cuda.Event()
+        read.record(self._copies)
+        held.read = read  # only now: one that was never recorded says that it is done
 
     def _send(self, held: HeldBlock) -> None:
         self._check_taken()
@@ -305,7 +312,7 @@ class HeldBlock:
     read: torch.cuda.Event | None = None
 
     @property
-    def is_read(self) -> bool:
+    def needs_no_pages(self) -> bool:
         return self.read is not None and self.read.query()
 
     def send(self) -> None:

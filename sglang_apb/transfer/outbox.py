@@ -45,7 +45,7 @@ class SendRoom:
     read them.
 
     `closed` is set by the owner before the request's pages are freed: a block that is still being gathered then is not
-    sent any more.
+    sent any more, or END does not follow.
     """
 
     room: int
@@ -60,7 +60,7 @@ class SendRoom:
     num_hidden_bytes: int = 0
     is_offered: bool = False  # of its pages, some are read where they lie
     held: dict[Block, Held] = field(default_factory=dict)  # until they are fetched
-    being_read: deque[Held] = field(default_factory=deque)
+    in_use: deque[Held] = field(default_factory=deque)  # their pages may still be read
     started: float = 0.0
     finished: float = 0.0
     outbox: deque[Parcel] = field(default_factory=deque)
@@ -94,16 +94,16 @@ class SendRoom:
             self.outbox.popleft()
         return None
 
-    def is_read(self) -> bool:
-        """Whether nothing reads its pages any more, of what has been sent or held."""
-        while self.being_read and self.being_read[0].is_read:
-            self.being_read.popleft()
-        return not self.being_read
+    def needs_no_pages(self) -> bool:
+        """Whether all that was held has been fetched, and nothing reads the request's pages any more."""
+        while self.in_use and self.in_use[0].needs_no_pages:
+            self.in_use.popleft()
+        return not (self.held or self.in_use)
 
     def clear(self) -> None:
         self.outbox.clear()
         self.unsent = None
-        self.being_read.clear()
+        self.in_use.clear()
         while self.held:
             _, held = self.held.popitem()
             held.drop()

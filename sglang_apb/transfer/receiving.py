@@ -19,7 +19,7 @@ from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import CUDA_IPC, NCCL
 from sglang_apb.transfer.direct import RemotePool
-from sglang_apb.transfer.exchange import Fetch, Fetcher, ReceivingChannel
+from sglang_apb.transfer.exchange import NUM_SLOTS, Fetch, Fetcher, ReceivingChannel
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.hosts import Address
@@ -176,8 +176,9 @@ class ReceivingEndpoint(SocketLoop):
             affected = [room for room in self._rooms.values() if address in room.ranks]
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
         for room in affected:
-            room.lost_rank = True
-            self._fail(room, reason, Cause.LOST)
+            with room.lock:
+                room.lost_rank = True
+                self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, reason)
 
@@ -288,6 +289,8 @@ class ReceivingEndpoint(SocketLoop):
         room.data_plane = NCCL
         if (rank, block) in room.fetching:
             raise WireError(f"rank {rank} has {block} ready twice")
+        if sum(of == rank for of, _ in room.fetching) >= 2 * NUM_SLOTS:  # in slots of its own, and of this side
+            raise WireError(f"rank {rank} has more blocks ready than it has slots")
         room.fetching.add((rank, block))
         fetcher.add(Fetch(room, rank, block, num_bytes))
 

@@ -129,7 +129,7 @@ class SendingEndpoint(SocketLoop):
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
         """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
         room.num_hidden_bytes = room.num_bytes
-        self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)), room.is_read)
+        self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)), room.needs_no_pages)
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
@@ -225,7 +225,7 @@ class SendingEndpoint(SocketLoop):
         pool, where = self._part_for(room), (of_layers, pages, ids())
         if self._peers.has_mapped(room.identity):
             yield from blocks.offered(room, pool, *where)
-        elif (channel := self._peers.channel(room.identity)) is not None:
+        elif (channel := self._peers.channel(room.identity)) and max(pool.item_lens) <= channel.slot_bytes:
             yield from blocks.held(room, pool.item_lens, *where, channel, self._part_of(room))
         else:
             yield from blocks.sent(room, pool, *where)

@@ -107,6 +107,7 @@ class Way:
     def _keep_remote(self, remote: RemotePool) -> None:
         with self._lock:
             self.remote = remote
+            logger.info("KV transfer: KV of prefill rank %s comes over cuda_ipc", self._address)
             if self._is_closed:
                 _close(remote)
 
@@ -124,6 +125,7 @@ class Way:
         if self._is_closed:
             channel.close()
             return
+        logger.info("KV transfer: KV of prefill rank %s comes over nccl", self._address)
         self.fetcher = Fetcher(channel, self._send, self._call, self._place)
         self._send(wire.pack_message(Join(unique_id=unique_id), 0, 0))
 
@@ -138,7 +140,7 @@ class Way:
         return True
 
     def _break(self, reason: str) -> None:
-        if not self._is_closed:
+        if not self._is_closed and self.fetcher is not None:
             self._give_up(f"The channel to prefill rank {self._address} does not work ({reason}).")
 
     def _do_without(self, reason: str) -> None:
