@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -36,6 +37,14 @@ def connect(peers: Cluster) -> None:
         sender.close(room)
 
 
+@contextlib.contextmanager
+def connected(num_ranks: int = 1, *, tubes: Tubes) -> Iterator[Cluster]:
+    """A cluster of which every prefill rank has a channel."""
+    with cluster(num_ranks, tubes=tubes) as peers:
+        connect(peers)
+        yield peers
+
+
 EIGHT = np.arange(8)
 
 
@@ -55,8 +64,7 @@ def test_blocks_are_fetched(num_ranks: int, sizes: dict[str, int], monkeypatch: 
     rng = np.random.default_rng(num_ranks)
     tubes = Tubes()
     tubes.slot_bytes = sizes
-    with cluster(num_ranks, tubes=tubes) as peers:
-        connect(peers)
+    with connected(num_ranks, tubes=tubes) as peers:
         assert {end.slot_bytes for end in tubes.ends} == {min(sizes.values(), default=1 << 26)}
         targets = rng.permutation(500)[:360].reshape(3, 120).astype(np.int64)
         source = rng.permutation(500)[:120].astype(np.int64)
@@ -81,8 +89,7 @@ def test_a_block_is_placed_when_it_has_come(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(receiving, "FETCH_POLL_MS", 60_000)
     monkeypatch.setattr(loop, "PING_MS", 60_000)
     monkeypatch.setattr(sending, "PROBE_MS", 60_000)
-    with cluster(tubes=Tubes()) as peers:
-        connect(peers)
+    with connected(tubes=Tubes()) as peers:
         decode, room = opened(peers, 1)
         peers.senders[0].announce(room, [(0, 8)])
         peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))
@@ -95,8 +102,7 @@ def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pyt
     def fail(*_: object) -> None:
         raise OSError("no space left on device")
 
-    with cluster(tubes=Tubes()) as peers:
-        connect(peers)
+    with connected(tubes=Tubes()) as peers:
         monkeypatch.setattr(transfer_peers._TubeEnd, "write", fail)
         decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
@@ -106,8 +112,7 @@ def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pyt
 
 def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         tubes.before_arrival = lambda: False
         decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
@@ -121,8 +126,7 @@ def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
 def test_what_waited_for_blocks_stays_before_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of a request arrives when its last block is in place, and its first token still waits for the loop."""
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         tubes.before_arrival = lambda: False
         decode, room = opened(peers, 1)
         sender = peers.senders[0]
@@ -149,8 +153,7 @@ def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
     """Until then they must not change, and so the request must not be over."""
     tubes = Tubes()
     tubes.needs_no_pages = False
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert wait_for(lambda: decode.assembly.num_bytes == 8 * sum(ITEM_LENS))
@@ -163,8 +166,7 @@ def test_the_end_comes_when_pages_are_not_read_any_more() -> None:
 
 def test_the_end_comes_when_every_block_has_been_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block that is fetched when its request is gone is any bytes: the request must not be complete with them."""
-    with cluster(tubes=Tubes()) as peers:
-        connect(peers)
+    with connected(tubes=Tubes()) as peers:
         (peer,) = peers.receiver._peers.values()
         fetches: list[list[wire.Buffer]] = []
         monkeypatch.setattr(peer.way.fetcher, "_fetch", fetches.append)
@@ -189,8 +191,7 @@ def test_pages_that_fit_no_slot_are_sent(monkeypatch: pytest.MonkeyPatch) -> Non
     tubes = Tubes()
     tubes.slot_bytes = {"decode's": 100}
     assert max(ITEM_LENS) > 100
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert received(decode), decode.reason
@@ -200,8 +201,7 @@ def test_pages_that_fit_no_slot_are_sent(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_more_blocks_are_ready_than_there_are_slots() -> None:
     """A prefill rank that says so must not fill this side's memory."""
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         tubes.before_arrival = lambda: False
         decode, room = opened(peers, 1)
         peers.senders[0].announce(room, [(0, 8)])
@@ -216,8 +216,7 @@ def test_no_more_blocks_are_ready_than_there_are_slots() -> None:
 
 def test_blocks_that_are_not_fetched_are_let_go_with_their_request() -> None:
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         sender, holder = peers.senders[0], next(end for end in tubes.ends if end.is_prefill)
         peers.receiver._dispatch = lambda peer, frame: None  # type: ignore[method-assign]
         rooms = []
@@ -236,8 +235,7 @@ def test_blocks_that_are_not_fetched_are_let_go_with_their_request() -> None:
 
 def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None:
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         sender = peers.senders[0]
         first, room = opened(peers, 1)
         sender.announce(room, [(0, 8)])
@@ -259,8 +257,7 @@ def test_a_block_of_a_request_that_is_gone_leaves_the_channel_in_order() -> None
 def test_a_channel_that_breaks_fails_its_requests_and_later_ones_go_over_zmq(kind: type[Exception]) -> None:
     """Whatever the error: the other side waits for that block, and would take the next one for it."""
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
 
         def fail() -> None:
             raise kind("remote process exited")
@@ -281,8 +278,7 @@ def test_a_block_that_never_comes_ends_its_channel(monkeypatch: pytest.MonkeyPat
     """The connection for control is there, NCCL's is not."""
     monkeypatch.setattr(exchange, "ARRIVAL_S", 0.3)
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         tubes.before_arrival = lambda: False
         decode, room = opened(peers, 1)
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
@@ -298,8 +294,7 @@ def test_a_block_that_never_comes_ends_its_channel(monkeypatch: pytest.MonkeyPat
 
 def test_wrong_frames_while_blocks_are_on_their_way_cost_no_slot() -> None:
     tubes = Tubes()
-    with cluster(tubes=tubes) as peers:
-        connect(peers)
+    with connected(tubes=tubes) as peers:
         sender = peers.senders[0]
         for number in range(1, exchange.NUM_SLOTS + 2):
             arrives = threading.Event()
@@ -320,8 +315,7 @@ def test_wrong_frames_while_blocks_are_on_their_way_cost_no_slot() -> None:
 
 def test_channels_are_closed_when_a_rank_is_gone() -> None:
     tubes = Tubes()
-    with cluster(2, tubes=tubes) as peers:
-        connect(peers)
+    with connected(2, tubes=tubes) as peers:
         peers.senders[1].stop()
         assert wait_for(lambda: sum(end.is_closed for end in tubes.ends) == 1)
         peers.receiver.stop()
@@ -413,8 +407,7 @@ def test_frames_out_of_bounds() -> None:
 
 def test_a_fetch_of_another_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's send would wait for ever, on the prefill rank's GPU."""
-    with cluster(tubes=Tubes()) as peers:
-        connect(peers)
+    with connected(tubes=Tubes()) as peers:
         refused: list[str] = []
         monkeypatch.setattr(peers.senders[0]._observer, "refused_frame", lambda _, error: refused.append(str(error)))
         decode, room = opened(peers, 1)

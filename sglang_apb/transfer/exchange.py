@@ -225,7 +225,7 @@ class Fetcher:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._waiting or self._asked)
+        return bool(self._asked)  # none waits while there is a slot
 
     def add(self, fetch: Fetch) -> None:
         self._waiting.append(fetch)

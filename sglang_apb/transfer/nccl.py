@@ -190,6 +190,9 @@ class _Channel:
         self._communicator.abort()
         self._copies.synchronize()  # one may be queued behind a block that was not taken
 
+    def _submit(self, worker: Worker, function: Callable[[], None]) -> None:
+        worker.submit(partial(self._try, function))
+
     def _try(self, function: Callable[[], None]) -> None:
         if self._has_failed or self._is_closed:
             return
@@ -253,22 +256,19 @@ class NcclSender(_Channel):
         if (address := self._side.straight(part, block, ids)) is not None:
             return HeldBlock(self, slot, num_bytes, address, is_in_slot=False)
         held = HeldBlock(self, slot, num_bytes, self._slots[slot].data_ptr())
-        self._submit(partial(self._gather, held, part, block, ids))
+        self._submit(self._worker, partial(self._gather, held, part, block, ids))
         return held
 
     def send_nothing(self, num_bytes: int) -> None:
         """Whatever a slot holds, which is zeros or for the same rank: it waits for so much."""
-        self._submit(partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
+        self._submit(self._worker, partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
 
     def send(self, held: HeldBlock) -> None:
-        self._submit(partial(self._send, held))
+        self._submit(self._worker, partial(self._send, held))
         self._free.append(held.slot)
 
     def drop(self, held: HeldBlock) -> None:
         self._free.append(held.slot)
-
-    def _submit(self, function: Callable[[], None]) -> None:
-        self._worker.submit(partial(self._try, function))
 
     def _gather(self, held: HeldBlock, part: range, block: Block, ids: PageIds) -> None:
         if held.slot in self._sent:
@@ -338,7 +338,7 @@ class NcclReceiver(_Channel):
     def receive(
         self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
     ) -> None:
-        self._worker.submit(partial(self._try, partial(self._receive, slot, num_bytes, when_queued, when_there)))
+        self._submit(self._worker, partial(self._receive, slot, num_bytes, when_queued, when_there))
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
         self._copy(slot, part, block, ids, to_pool=True)
@@ -350,7 +350,7 @@ class NcclReceiver(_Channel):
         self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
         arrived = torch.cuda.Event(blocking=True)
         arrived.record(self._communicator.stream)
-        self._arrivals.submit(partial(self._try, partial(self._wait_for, arrived, when_there)))
+        self._submit(self._arrivals, partial(self._wait_for, arrived, when_there))
         when_queued()
 
     def _wait_for(self, arrived: torch.cuda.Event, when_there: Callable[[], None]) -> None:
