@@ -22,7 +22,7 @@ from sglang_apb.transfer.exchange import Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.nccl import NcclSender
+from sglang_apb.transfer.nccl import NcclReceiver, NcclSender
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -136,23 +136,31 @@ def test_a_gpu_gets_the_other_processs_pages(
 
 
 @TWO_GPUS
-def test_pages_in_a_row_are_sent_from_where_they_lie() -> None:
-    """Of one buffer: blocks are smaller than that here."""
+@pytest.mark.parametrize(("is_shuffled", "is_scattered"), [(False, False), (False, True), (True, False)], ids=str)
+def test_pages_in_a_row_go_over_nccl_from_where_they_lie_or_to_it(
+    is_shuffled: bool, is_scattered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On either side, whatever the other one's are. Of one buffer: blocks are smaller than that here."""
     heads = range(NUM_HEADS)
     pages, pool = gpu_pages(1, heads, seed=None)
+    if not is_scattered:
+        monkeypatch.setattr(NcclReceiver, "write", None)
     receiver = receiver_of(pages, heads, "nccl", nccl_buffer_mb=16)
     try:
-        with process(prefill, heads, 2, False, False) as (pipe, _):
+        with process(prefill, heads, 2, False, is_shuffled) as (pipe, _):
             address = ("127.0.0.1", pipe.recv(), "")
             receiver.expect(1, [address], lambda reason: None)
             until_found(receiver)
             _, wanted = gpu_pages(1, heads, seed=5)
+            source = np.random.default_rng(7).permutation(NUM_PAGES) if is_shuffled else np.arange(NUM_PAGES)
+            ids = np.random.default_rng(8).permutation(NUM_PAGES) if is_scattered else np.arange(NUM_PAGES)
             for number in (1, 2):
                 pool.zero_()
                 torch.cuda.synchronize()
-                decode = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
+                decode = receiver.open(number, [address], ids, 3)
                 assert received(decode, 60), decode.reason
-                assert decode.data_plane == "nccl" and torch.equal(pool, wanted)
+                assert decode.data_plane == "nccl"
+                assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, torch.from_numpy(source)])
                 receiver.close(decode)
     finally:
         receiver.stop()

@@ -135,7 +135,7 @@ def check_a_stopped_decode_server(service: LocalCluster, url: str, prompt: list[
         if request.response.ok:
             assert request.response.json()["text"] == answer.text
         else:
-            assert "onnection" in request.response.text or "another prefill rank" in request.response.text
+            assert "onnection" in request.response.text  # whichever rank missed it first
 
 
 def check_metrics(url: str) -> None:

@@ -10,8 +10,10 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common import conn
+from sglang.srt.disaggregation.common.conn import KVTransferError
 from transfer_peers import AUX_LENS, COMPAT, make_pages, received, wait_for
 
 from sglang_apb.transfer import ownership
@@ -22,6 +24,7 @@ from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import HostPages
+from sglang_apb.transfer.reasons import Reasons
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sender import ZmqKVSender
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -212,7 +215,10 @@ def test_each_decode_rank_gets_its_heads(
     assert "dropped a frame" not in caplog.text
 
 
-def kv_sender(endpoint: SendingEndpoint) -> ZmqKVSender:
+ALONE = Reasons(None)
+
+
+def kv_sender(endpoint: SendingEndpoint, reasons: Reasons = ALONE) -> ZmqKVSender:
     """SGLang's sender of a request on a rank with that endpoint."""
     manager = SimpleNamespace(
         sending=endpoint,
@@ -225,8 +231,35 @@ def kv_sender(endpoint: SendingEndpoint) -> ZmqKVSender:
         contact_seconds=30.0,
         bootstrap_timeout=30.0,
         waiting_timeout=30.0,
+        failure_records={},
+        reasons=reasons,
     )
     return ZmqKVSender(manager, "127.0.0.1:1", 1, [0], 0)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_did_not_fail_itself_says_why_another_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the one that answers the client."""
+    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(dp_size=1))
+    store = dist.HashStore()
+    with servers(2, 1) as peers:
+        first, second = (kv_sender(endpoint, Reasons(store)) for endpoint in peers.senders)
+        second.kv_mgr.record_failure = second.kv_mgr.failure_records.__setitem__
+        second.refuse("No GPU memory for the prompt.")
+        assert second.poll() == KVPoll.Failed and first.poll() == KVPoll.Bootstrapping
+        for sender, is_from_another in ((first, True), (second, False)):
+            with pytest.raises(KVTransferError, match="No GPU memory for the prompt") as error:
+                sender.failure_exception()
+            assert error.value.is_from_another_rank == is_from_another
+
+
+def test_reasons_are_those_of_a_request_and_of_bounded_number() -> None:
+    store = dist.HashStore()
+    one, another = Reasons(store), Reasons(store)
+    for room in range(1000):
+        one.tell(room, f"Reason {room}: it has words.")
+    assert store.num_keys() <= 65
+    assert another.find(999) == "Reason 999: it has words."
+    assert not another.find(1) and not Reasons(dist.HashStore()).find(999) and not ALONE.find(999)
 
 
 def ask_one(peers: Servers) -> tuple[list[ReceiveRoom], FanOut]:

@@ -22,7 +22,7 @@ from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import HostPages
+from sglang_apb.transfer.pages import HostPages, run_of
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.ways import Ways
@@ -118,7 +118,7 @@ class Tubes:
     """In place of NCCL: a block goes over when both ends are there for it, in order. Each `meeting` is one side's."""
 
     def __init__(self) -> None:
-        self._posted: dict[bytes, deque[tuple[int, bytearray, Callable[[], None]]]] = {}
+        self._posted: dict[bytes, deque[tuple[int, Callable[[bytes], None]]]] = {}
         self.needs_no_pages = True
         self._ids = itertools.count()
         self.ends: list[_TubeEnd] = []
@@ -150,6 +150,8 @@ class _TubeEnd:
         unique_id: bytes,
         slot_bytes: int,
         on_error: Callable[[str], None],
+        on_read: Callable[[], None] | None = None,
+        *,
         is_prefill: bool,
         pages: HostPages,
         heads: range,
@@ -159,7 +161,8 @@ class _TubeEnd:
             raise ExchangeError("nobody is there")
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts = PagesByHeads(pages, heads, page_size)
-        self._slots: dict[int, bytearray] = {}
+        self._slots: dict[int, bytes] = {}
+        self._coming: deque[tuple[int, range, wire.Block, np.ndarray | None, Callable[[bool], None]]] = deque()
         self._on_error, self.slot_bytes, self.is_prefill = on_error, slot_bytes, is_prefill
         self.num_held = 0
         self._arrivals = Worker("tube")
@@ -186,31 +189,55 @@ class _TubeEnd:
         except Exception as error:
             self._on_error(str(error))
             return
-        num_bytes, slot, arrive = self._posted.popleft()
-        assert len(payload) == num_bytes and not slot
-        slot += payload
-        arrive()
+        num_bytes, arrive = self._posted.popleft()
+        assert len(payload) == num_bytes
+        arrive(payload)
+
+    def can_place(self, part: range, block: wire.Block, ids: np.ndarray) -> bool:
+        return run_of(ids) is not None
 
     def receive(
-        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+        self,
+        slot: int,
+        num_bytes: int,
+        part: range,
+        block: wire.Block,
+        ids: np.ndarray | None,
+        when_queued: Callable[[], None],
+        when_over: Callable[[bool], None],
     ) -> None:
-        assert num_bytes <= self.slot_bytes
-        target = self._slots[slot] = bytearray()
-        self._posted.append((num_bytes, target, partial(self._arrivals.submit, partial(self._arrive, when_there))))
+        assert num_bytes <= self.slot_bytes and slot not in self._slots
+
+        def arrive(payload: bytes) -> None:
+            self._arrivals.submit(partial(self._arrive, payload))
+
+        self._coming.append((slot, part, block, ids, when_over))
+        self._posted.append((num_bytes, arrive))
         when_queued()
 
-    def _arrive(self, when_there: Callable[[], None]) -> None:
+    def _arrive(self, payload: bytes) -> None:
         while not self._tubes.before_arrival() and not self.is_closed:
             time.sleep(0.001)
-        if not self.is_closed:
-            when_there()
+        if self.is_closed:
+            return  # `close` has more to say
+        slot, part, block, ids, when_over = self._coming.popleft()
+        if ids is None:
+            self._slots[slot] = payload
+        else:
+            self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, payload)
+        when_over(True)
 
     def write(self, slot: int, part: range, block: wire.Block, ids: np.ndarray) -> None:
         self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, self._slots.pop(slot))
 
     def close(self) -> None:
         self.is_closed = True
+        self._arrivals.submit(self._abort)
         self._arrivals.end()
+
+    def _abort(self) -> None:
+        for *_, when_over in self._coming:
+            when_over(False)
 
 
 @dataclass(frozen=True, eq=False)

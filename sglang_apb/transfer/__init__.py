@@ -31,12 +31,14 @@
     data planes beside ZMQ, chosen in planes:
     direct, cuda_ipc
                 pages that are read where they lie: who is given a handle on them; CUDA's handles
-    exchange, nccl
-                blocks that are fetched when both sides are ready; NCCL's communicators, each in a worker's thread
+    exchange, fetcher, nccl, communicator
+                blocks that are fetched when both sides are ready: how the sides meet; what decode asks for; slots and
+                copies on GPUs, with NCCL's calls each in a worker's thread
     gpu_pages   some heads' pages in GPU memory: where they lie, and how they get into one piece
 
     manager, sender, receiver, bootstrap, directory
                 SGLang's interfaces (`disaggregation/base/conn.py`) on top of the above
+    reasons     why a request failed on another rank
 
-Only the last line, and nccl, import SGLang.
+Only manager to directory, and communicator, import SGLang.
 """

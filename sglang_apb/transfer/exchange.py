@@ -4,10 +4,11 @@
               <--  JOIN: where to meet, or why not     prefill
               both make their end of the channel
     decode    JOIN: it has its end       -->           from here on blocks are not sent but said to be READY
-              <--  READY: a block                      which is copied into a slot meanwhile
-    decode has a slot free, waits for the block there
+              <--  READY: a block                      which is copied into a slot meanwhile,
+    decode has a slot free, waits for the block there  where its pages are not in a row
               FETCH: the block           -->           the block goes over the channel
-    decode copies it into its pool
+    decode copies it into its pool,
+    where it has not come straight to its pages
               <--  END, when every block has been fetched, and no page is read any more
 
 A send that nobody waits for would hold multiprocessors of the prefill rank's GPU, and one peer that hangs all others.
@@ -17,16 +18,12 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from sglang_apb.transfer import wire
-from sglang_apb.transfer.inbox import ReceiveRoom
-from sglang_apb.transfer.wire import Block, Buffer, Join, Kind, PageIds
+from sglang_apb.transfer.wire import Block, Join, PageIds
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +33,6 @@ NUM_SLOTS = 4
 MIN_SLOT_BYTES = 4 << 20
 # Each has a thread until the other side has come, or has not for too long.
 MAX_MAKING = 16
-# A link may be slow; one over which nothing comes any more, although both sides are there, is broken.
-ARRIVAL_S = 20.0
 
 
 class ExchangeError(RuntimeError):
@@ -86,11 +81,25 @@ class ReceivingChannel(Protocol):
 
     slot_bytes: int
 
+    def can_place(self, part: range, block: Block, ids: PageIds) -> bool:
+        """Whether the heads `part` of a block can be received straight into pages `ids` of the pool."""
+        ...
+
     def receive(
-        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+        self,
+        slot: int,
+        num_bytes: int,
+        part: range,
+        block: Block,
+        ids: PageIds | None,
+        when_queued: Callable[[], None],
+        when_over: Callable[[bool], None],
     ) -> None:
-        """Has the next block received into a slot. Once `when_queued` has been called, it may come; `when_there` may
-        `write` it. Both are called in threads of the channel, each in the order of the blocks.
+        """Has the next block received, into pages `ids` or, if None, into a slot.
+
+        Once `when_queued` has been called, it may come. `when_over` is always called, with whether it has come, when
+        nothing is received there any more, and may `write` what is in the slot. Both are called in threads of the
+        channel, each in the order of the blocks.
         """
         ...
 
@@ -107,12 +116,13 @@ class Meeting:
     raises RuntimeError when there is none for slots of so many bytes.
 
     Both make slots of the smaller `slot_bytes`. `sender` and `receiver` also take what is to be called, in any thread,
-    when the channel does not work any more, with the reason.
+    when the channel does not work any more, with the reason; `sender` then what is to be called, in the same way, when
+    the pages of a block that has been sent are not read any more.
     """
 
     gpu: str
     new_id: Callable[[], bytes]
-    sender: Callable[[bytes, int, Callable[[str], None]], SendingChannel]
+    sender: Callable[[bytes, int, Callable[[str], None], Callable[[], None]], SendingChannel]
     receiver: Callable[[bytes, int, Callable[[str], None]], ReceivingChannel]
     slot_bytes: int
     check_memory: Callable[[int], object]
@@ -170,7 +180,8 @@ class PrefillEnds:
             self._meeting.check_memory(slot_bytes)
             unique_id = self._meeting.new_id()
             self._call(partial(self._reply, identity, Join(unique_id=unique_id, slot_bytes=slot_bytes)))
-            channel = self._meeting.sender(unique_id, slot_bytes, partial(self._tell_broken, identity))
+            wake = partial(self._call, _nothing)
+            channel = self._meeting.sender(unique_id, slot_bytes, partial(self._tell_broken, identity), wake)
         except Exception as error:
             logger.warning("KV transfer: no channel to a decode rank: %s", error)
             self._call(partial(self._give_up, identity, str(error)))
@@ -194,71 +205,5 @@ class PrefillEnds:
             channel.close()
 
 
-@dataclass(frozen=True, eq=False)
-class Fetch:
-    """A block that is on its way to a decode rank, or going to be."""
-
-    room: ReceiveRoom
-    rank: int
-    block: Block
-    num_bytes: int
-
-
-class Fetcher:
-    """A decode rank's end of one channel. Everything is the endpoint's thread's, where `call` runs a command, but
-    `place`: it is called in a thread of the channel, and takes a block out of its slot.
-    """
-
-    def __init__(
-        self,
-        channel: ReceivingChannel,
-        send: Callable[[list[Buffer]], None],
-        call: Callable[[Callable[[], None]], None],
-        place: Callable[[ReceivingChannel, int, Fetch], None],
-    ):
-        self.channel = channel
-        self._send, self._call, self._place = send, call, place
-        self._is_closed = False
-        self._waiting: deque[Fetch] = deque()
-        self._asked: deque[float] = deque()  # when, of each block that is coming
-        self._free = deque(range(NUM_SLOTS))
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._asked)  # none waits while there is a slot
-
-    def add(self, fetch: Fetch) -> None:
-        self._waiting.append(fetch)
-        self._ask()
-
-    def close(self) -> None:
-        self._is_closed = True
-        self.channel.close()
-
-    def check(self) -> None:
-        """Raises ExchangeError when a block has not come for too long."""
-        if self._asked and time.monotonic() - self._asked[0] > ARRIVAL_S:
-            raise ExchangeError(f"a block has not come for {ARRIVAL_S:g} s")
-
-    def _ask(self) -> None:
-        while self._free and self._waiting:
-            fetch, slot = self._waiting.popleft(), self._free.popleft()
-            room, body = fetch.room, wire.pack_fetch(fetch.block, fetch.num_bytes)
-            frame = wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker)
-            self._asked.append(time.monotonic())
-            when_queued = partial(self._call, partial(self._fetch, frame))
-            self.channel.receive(slot, fetch.num_bytes, when_queued, partial(self._take, slot, fetch))
-
-    def _fetch(self, frame: list[Buffer]) -> None:
-        if not self._is_closed:
-            self._send(frame)
-
-    def _take(self, slot: int, fetch: Fetch) -> None:
-        self._place(self.channel, slot, fetch)
-        self._call(partial(self._empty, slot))
-
-    def _empty(self, slot: int) -> None:
-        self._asked.popleft()
-        self._free.append(slot)
-        if not self._is_closed:
-            self._ask()
+def _nothing() -> None:
+    pass

@@ -54,7 +54,7 @@ class GpuSide:
         return PageCopy.between(*(reversed(ends) if to_pool else ends), num_rows, lengths, device)
 
     def straight(self, part: range, block: Block, ids: PageIds) -> int | None:
-        """Where a block begins in the pool, if it lies there as it is sent: all heads, of pages in a row."""
+        """Where a block begins in the pool, if it is one piece there: all heads, of pages in a row, in one buffer."""
         where = run_of(ids)
         if where is None or part != self.heads or block.num_buffers != 1:
             return None

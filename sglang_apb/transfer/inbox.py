@@ -28,7 +28,8 @@ class ReceiveRoom:
     """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets, and
     `sources[i]` the heads `parts[i]` of them that rank i brings.
 
-    `lock` is held for every write into the pool: once `closed` is set under it, the pages may be freed.
+    `lock` is held for every write into the pool: once `closed` is set under it, and no block is arriving straight in
+    the pages, they may be freed.
     `unconfirmed` are ranks whose pages were read where they lie: each has to say that they had not changed. While
     blocks are on their way over a channel, what comes after them is `held_back`.
     """
@@ -53,6 +54,26 @@ class ReceiveRoom:
     lock: threading.Lock = field(default_factory=threading.Lock)
     started: float = 0.0
     finished: float = 0.0
+    _num_arriving: int = 0
+    _arrivals: threading.Condition = field(default_factory=threading.Condition)
+
+    def begin_arrival(self) -> bool:
+        """Before something else than this process may write into the pages. False when nothing may any more."""
+        with self._arrivals:
+            if self.closed:
+                return False
+            self._num_arriving += 1
+            return True
+
+    def end_arrival(self) -> None:
+        with self._arrivals:
+            self._num_arriving -= 1
+            self._arrivals.notify_all()
+
+    def wait_for_arrivals(self, seconds: float | None = None) -> bool:
+        """After `closed` has been set: until nothing arrives in the pages. False if something still does."""
+        with self._arrivals:
+            return self._arrivals.wait_for(lambda: not self._num_arriving, seconds)
 
     @property
     def seconds(self) -> float:

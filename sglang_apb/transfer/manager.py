@@ -21,6 +21,7 @@ from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.gpu_pages import open_pool
 from sglang_apb.transfer.heads import Shares, heads_of
 from sglang_apb.transfer.pages import in_layers, open_host_memory
+from sglang_apb.transfer.reasons import Reasons
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
 
@@ -54,6 +55,7 @@ class ZmqKVManager(CommonKVManager):
         self.enable_all_cp_ranks_for_transfer = True
         self.is_dummy_cp_rank = False
         self.refusals: dict[str, str] = {}
+        self.reasons = Reasons.of_this_server()
         self._directory = PrefillDirectory(
             self._resolve_rank_mapping, self._keys, allow_unencrypted=transfer.allow_unencrypted
         )

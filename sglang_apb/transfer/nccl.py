@@ -1,25 +1,26 @@
 """A block of pages from GPU to GPU by NCCL: over InfiniBand, RoCE, NVLink or TCP, whatever NCCL finds.
 
-Communicators do not block: one whose other side is gone is given up without it (`ncclCommAbort`). Each is used in one
-thread of its own, since a call takes 0.15 ms, and seconds where the other side hangs. NCCL does not encrypt, and
-authenticates nobody.
+A block is one piece of memory: a slot, or the pool itself where one buffer's pages are in a row there, as they are of a
+long prompt. Either side does as its own pages lie.
+
+Each communicator is used in one thread of its own, since a call takes 0.15 ms, and seconds where the other side hangs.
+Another one waits for what a GPU has sent or received.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sglang_apb.transfer import wire
+from sglang_apb.transfer.communicator import DECODE, PREFILL, Communicator
 from sglang_apb.transfer.config import OPTION
 from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError
 from sglang_apb.transfer.gpu_pages import CudaPages, GpuSide, UploadedIds
@@ -31,114 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREFILL, DECODE = 0, 1
-_IN_PROGRESS = 7  # ncclInProgress (nccl.h)
-_UINT8 = 1
-_CONNECT_S = 20.0
-_PAUSE_S = 0.001
-_CALL_S = 2.0
-# NCCL's kernel takes that many multiprocessors of a GPU that computes beside it. NVLink needs them (H200: 8 reach 257
-# of 359 GB/s, 16 reach 354); over a network NCCL takes fewer by itself.
-_MAX_CTAS = 16
 # PyTorch has 32 streams of each priority, and hands them out again: those of SGLang, which have 0, wait for no peer so.
 # Sending goes before copying, since the other side's multiprocessors stand by, and both before prefill, which fills the
 # GPU.
 _UPLOADS, _SENDING, _COPIES = -3, -2, -1
 # Of GPU memory, for what the server computes, beside NCCL's own.
 _SPARE_BYTES = 1 << 30
-
-
-def new_id() -> bytes:
-    """Opens a port to which both sides of a communicator connect; the id says where."""
-    return bytes(_library().ncclGetUniqueId())
-
-
-class Communicator:
-    """Of two processes. Making it returns when the other side has made its own; raises ExchangeError."""
-
-    def __init__(self, unique_id: bytes, rank: int, device: torch.device):
-        from sglang.srt.distributed.device_communicators import pynccl_wrapper as wrapper
-
-        self._lib, self._peer = _library().lib, 1 - rank
-        self._is_hurried = False
-        self.stream = torch.cuda.Stream(device, priority=_SENDING)
-        self._comm = ctypes.c_void_p()
-        config = wrapper.ncclConfig_t.create()
-        config.blocking, config.maxCTAs = 0, _MAX_CTAS
-        identity = wrapper.ncclUniqueId.from_buffer_copy(unique_id)
-        with torch.cuda.device(device):
-            code = self._lib.ncclCommInitRankConfig(ctypes.byref(self._comm), 2, identity, rank, ctypes.byref(config))
-            try:
-                self._wait(code, _CONNECT_S, pause=_PAUSE_S)
-                self._connect(device)
-            except ExchangeError:
-                self.abort()
-                raise
-
-    def send(self, address: int, num_bytes: int) -> None:
-        """Queues it on `stream`."""
-        self._call(self._lib.ncclSend, address, num_bytes, _CALL_S)
-
-    def receive(self, address: int, num_bytes: int) -> None:
-        self._call(self._lib.ncclRecv, address, num_bytes, _CALL_S)
-
-    @property
-    def is_closed(self) -> bool:
-        """Also while it ends what is on its way."""
-        return not self._comm
-
-    def hurry(self) -> None:
-        """Lets a call that waits in another thread end with an error."""
-        self._is_hurried = True
-
-    def abort(self) -> None:
-        """Ends what is on its way; returns when the GPU has nothing to do with it any more."""
-        comm, self._comm = self._comm, ctypes.c_void_p()
-        if comm:
-            self._lib.ncclCommAbort(comm)
-
-    def _connect(self, device: torch.device) -> None:
-        """The first send connects both sides, for which each has to wait for the other."""
-        byte = torch.zeros(1, dtype=torch.uint8, device=device)
-        function = self._lib.ncclRecv if self._peer == PREFILL else self._lib.ncclSend
-        self._call(function, byte.data_ptr(), 1, _CONNECT_S, _PAUSE_S)
-        deadline = time.monotonic() + _CONNECT_S
-        while not self.stream.query():
-            if time.monotonic() > deadline:
-                raise ExchangeError(f"the other side has not come within {_CONNECT_S:g} s")
-            time.sleep(_PAUSE_S)
-
-    def _call(self, function: Any, address: int, num_bytes: int, seconds: float, pause: float = 0.0) -> None:
-        if not self._comm:
-            raise ExchangeError("the communicator is closed")
-        code = function(address, num_bytes, _UINT8, self._peer, self._comm, self.stream.cuda_stream)
-        self._wait(code, seconds, pause)
-
-    def _wait(self, code: int, seconds: float, pause: float) -> None:
-        deadline = time.monotonic() + seconds
-        state = ctypes.c_int(code)
-        while state.value == _IN_PROGRESS:
-            if self._is_hurried:
-                raise ExchangeError("the channel is closed")
-            if time.monotonic() > deadline:
-                raise ExchangeError(f"NCCL has not finished a call within {seconds:g} s")
-            time.sleep(pause)
-            self._lib.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
-        if state.value:
-            raise ExchangeError(f"NCCL: {_library().ncclGetErrorString(state.value)}")
-
-
-@cache
-def _library() -> Any:
-    from sglang.srt.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-
-    library = NCCLLibrary()
-    for name, arguments in (
-        ("ncclCommAbort", [ctypes.c_void_p]),
-        ("ncclCommGetAsyncError", [ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)]),
-    ):
-        getattr(library.lib, name).argtypes = arguments
-    return library
 
 
 class _Channel:
@@ -169,7 +68,7 @@ class _Channel:
         self._copies = torch.cuda.Stream(self._device, priority=_COPIES)
         self._pool_ids = UploadedIds(self._device, reader=self._copies)
         self._tables: dict[tuple[int, range], PageCopy] = {}
-        self._communicator = Communicator(unique_id, self._rank, self._device)
+        self._communicator = Communicator(unique_id, self._rank, self._device, _SENDING)
         try:
             # Nothing of what was there may be sent (`send_nothing`).
             self._slots = find_memory(slot_bytes, self._device).zero_()
@@ -177,32 +76,39 @@ class _Channel:
             self._communicator.abort()
             raise
         torch.cuda.current_stream(self._device).synchronize()
-        self._worker = Worker("kv-nccl")
+        self._calls, self._waits = Worker("kv-nccl"), Worker("kv-nccl-waits")
 
     def close(self) -> None:
         """The slots stay until nothing can be written there any more."""
         self._is_closed = True
         self._communicator.hurry()
-        self._worker.submit(self._abort)
-        self._worker.end()
+        self._calls.submit(self._abort)
+        self._calls.end()
 
     def _abort(self) -> None:
         self._communicator.abort()
         self._copies.synchronize()  # one may be queued behind a block that was not taken
+        self._waits.end()
 
-    def _submit(self, worker: Worker, function: Callable[[], None]) -> None:
-        worker.submit(partial(self._try, function))
+    def _submit(self, function: Callable[[], None]) -> None:
+        self._calls.submit(partial(self._try, function))
 
-    def _try(self, function: Callable[[], None]) -> None:
+    def _try(self, function: Callable[[], None]) -> bool:
+        """Whether it has done what it should."""
         if self._has_failed or self._is_closed:
-            return
+            return False
         try:
             with torch.cuda.device(self._device):
                 function()
         except Exception as error:  # whatever it was: the other side waits for that block, and not for the next one
-            if not (self._has_failed or self._is_closed):
-                self._has_failed = True
-                self._on_error(str(error))
+            self._fail(error)
+            return False
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        if not (self._has_failed or self._is_closed):
+            self._has_failed = True
+            self._on_error(str(error))
 
     def _copy(self, slot: int, part: range, block: Block, ids: PageIds, *, to_pool: bool) -> None:
         """Queues the copying of a block between a slot and pages `ids` of the pool."""
@@ -240,8 +146,17 @@ class NcclSender(_Channel):
 
     _rank = PREFILL
 
-    def __init__(self, *arguments: Any, **side: Any):
-        super().__init__(*arguments, **side)
+    def __init__(
+        self,
+        unique_id: bytes,
+        slot_bytes: int,
+        on_error: Callable[[str], None],
+        on_read: Callable[[], None],
+        **side: Any,
+    ):
+        """`on_read` is called, in a thread of the channel, when a block has been sent from where it lay in the pool."""
+        super().__init__(unique_id, slot_bytes, on_error, **side)
+        self._on_read = on_read
         self._free = deque(range(NUM_SLOTS))
         self._sent: dict[int, torch.cuda.Event] = {}
         self._sending: deque[torch.cuda.Event] = deque()
@@ -256,15 +171,15 @@ class NcclSender(_Channel):
         if (address := self._side.straight(part, block, ids)) is not None:
             return HeldBlock(self, slot, num_bytes, address, is_in_slot=False)
         held = HeldBlock(self, slot, num_bytes, self._slots[slot].data_ptr())
-        self._submit(self._worker, partial(self._gather, held, part, block, ids))
+        self._submit(partial(self._gather, held, part, block, ids))
         return held
 
     def send_nothing(self, num_bytes: int) -> None:
         """Whatever a slot holds, which is zeros or for the same rank: it waits for so much."""
-        self._submit(self._worker, partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
+        self._submit(partial(self._send, HeldBlock(self, 0, num_bytes, self._slots[0].data_ptr())))
 
     def send(self, held: HeldBlock) -> None:
-        self._submit(self._worker, partial(self._send, held))
+        self._submit(partial(self._send, held))
         self._free.append(held.slot)
 
     def drop(self, held: HeldBlock) -> None:
@@ -284,13 +199,18 @@ class NcclSender(_Channel):
         if held.read is not None:
             stream.wait_event(held.read)
         self._communicator.send(held.address, held.num_bytes)
-        sent = torch.cuda.Event()
+        sent = torch.cuda.Event(blocking=True)
         sent.record(stream)
         self._sending.append(sent)
         if held.is_in_slot:
             self._sent[held.slot] = sent
         else:
             held.read = sent
+            self._waits.submit(partial(self._try, partial(self._wait_for, sent)))
+
+    def _wait_for(self, sent: torch.cuda.Event) -> None:
+        sent.synchronize()
+        self._on_read()
 
     def _check_taken(self) -> None:
         """Raises ExchangeError when the other side asked for more than it has slots for."""
@@ -323,38 +243,58 @@ class HeldBlock:
 
 
 class NcclReceiver(_Channel):
-    """Decode's side. A thread more waits for blocks that are coming."""
+    """Decode's side."""
 
     _rank = DECODE
 
     def __init__(self, *arguments: Any, **side: Any):
+        self._unsure: list[Callable[[bool], None]] = []
         super().__init__(*arguments, **side)
-        self._arrivals = Worker("kv-arrivals")
 
-    def close(self) -> None:
-        super().close()
-        self._arrivals.end()
+    def can_place(self, part: range, block: Block, ids: PageIds) -> bool:
+        return self._side.straight(part, block, ids) is not None
 
     def receive(
-        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+        self,
+        slot: int,
+        num_bytes: int,
+        part: range,
+        block: Block,
+        ids: PageIds | None,
+        when_queued: Callable[[], None],
+        when_over: Callable[[bool], None],
     ) -> None:
-        self._submit(self._worker, partial(self._receive, slot, num_bytes, when_queued, when_there))
+        straight = self._side.straight(part, block, ids) if ids is not None else None
+        address = self._slots[slot].data_ptr() if straight is None else straight
+        self._calls.submit(partial(self._receive, address, num_bytes, when_queued, when_over))
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
-        self._copy(slot, part, block, ids, to_pool=True)
-        self._copies.synchronize()
+        with torch.cuda.device(self._device):
+            self._copy(slot, part, block, ids, to_pool=True)
+            self._copies.synchronize()
 
     def _receive(
-        self, slot: int, num_bytes: int, when_queued: Callable[[], None], when_there: Callable[[], None]
+        self, address: int, num_bytes: int, when_queued: Callable[[], None], when_over: Callable[[bool], None]
     ) -> None:
-        self._communicator.receive(self._slots[slot].data_ptr(), num_bytes)
         arrived = torch.cuda.Event(blocking=True)
-        arrived.record(self._communicator.stream)
-        self._submit(self._arrivals, partial(self._wait_for, arrived, when_there))
-        when_queued()
+        if self._try(partial(self._queue, address, num_bytes, arrived)):
+            self._waits.submit(partial(self._wait_for, arrived, when_over))
+            when_queued()
+        else:  # NCCL may still begin what it has not refused
+            self._unsure.append(when_over)
 
-    def _wait_for(self, arrived: torch.cuda.Event, when_there: Callable[[], None]) -> None:
-        arrived.synchronize()
-        if self._communicator.is_closed:  # what has been aborted is over, too
-            raise ExchangeError("the communicator is closed")
-        when_there()
+    def _queue(self, address: int, num_bytes: int, arrived: torch.cuda.Event) -> None:
+        self._communicator.receive(address, num_bytes)
+        arrived.record(self._communicator.stream)
+
+    def _wait_for(self, arrived: torch.cuda.Event, when_over: Callable[[bool], None]) -> None:
+        try:
+            arrived.synchronize()
+        except RuntimeError as error:
+            self._fail(error)
+        when_over(not (self._communicator.is_closed or self._has_failed))  # what has been aborted is over, too
+
+    def _abort(self) -> None:
+        super()._abort()
+        for when_over in self._unsure:
+            when_over(False)

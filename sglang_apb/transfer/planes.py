@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from sglang_apb.transfer.communicator import new_id
 from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, OPTION, ZMQ, TransferConfig
 from sglang_apb.transfer.cuda_ipc import CudaRemotePool, export
 from sglang_apb.transfer.direct import DirectError, Memory
 from sglang_apb.transfer.exchange import NUM_SLOTS, Meeting
 from sglang_apb.transfer.gpu_pages import CudaPages
-from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, find_memory, new_id
+from sglang_apb.transfer.nccl import NcclReceiver, NcclSender, find_memory
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.ways import Ways
 

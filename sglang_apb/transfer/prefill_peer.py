@@ -11,8 +11,9 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from sglang_apb.transfer import wire
-from sglang_apb.transfer.exchange import Fetch, ReceivingChannel
+from sglang_apb.transfer.fetcher import Place
 from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.lives import life_of
 from sglang_apb.transfer.loop import SocketLoop, ask_for_life, buffers, guard, receive
 from sglang_apb.transfer.ways import Way, Ways
@@ -47,7 +48,8 @@ class PrefillPeer:
         *,
         send: Callable[[list[Buffer]], None],
         receive_some: Callable[[PrefillPeer], None],
-        place: Callable[[ReceivingChannel, int, Fetch], None],
+        place: Place,
+        fail: Callable[[ReceiveRoom, str], None],
         lose: Callable[[str], None],
     ):
         self.address = address
@@ -57,7 +59,7 @@ class PrefillPeer:
         self.socket.setsockopt(zmq.RCVHWM, RECEIVE_HIGH_WATER_MARK)
         ask_for_life(self._life)
         self._monitors = [each.get_monitor_socket(_LOST) for each in (self.socket, self._life)]
-        self.way = Way(ways, str(address), identity, loop.call, send, place, lose)
+        self.way = Way(ways, str(address), identity, loop.call, send, place, fail, lose)
         loop.watch(self.socket, partial(receive_some, self))
         loop.watch(self._life, self._answer_pings)
         for monitor in self._monitors:

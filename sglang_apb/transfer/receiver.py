@@ -29,6 +29,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self._room: ReceiveRoom | None = None
         self._shares: Shares | None = None
+        self._has_told = False
 
     @property
     def num_bytes(self) -> int:
@@ -91,8 +92,13 @@ class ZmqKVReceiver(CommonKVReceiver):
         self.init_time = time.time()
 
     def poll(self) -> int:
-        if self.conclude_state is not None:
-            return self.conclude_state
+        status = self._poll() if self.conclude_state is None else self.conclude_state
+        if status == KVPoll.Failed and not self._has_told:
+            self._has_told = True
+            self.kv_mgr.reasons.tell(self.bootstrap_room, self.kv_mgr.failure_records.get(self.bootstrap_room, ""))
+        return status
+
+    def _poll(self) -> int:
         status = self.kv_mgr.check_status(self.bootstrap_room)
         if status != KVPoll.Failed and self._room is not None:
             status = self._poll_room(self._room)
@@ -102,10 +108,11 @@ class ZmqKVReceiver(CommonKVReceiver):
 
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
-        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        self._close(reason or "The request failed on the decode server.")
+        own = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        reason = own or self.kv_mgr.reasons.find(self.bootstrap_room) or "The request failed on another decode rank."
+        self._close(reason)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
+        raise KVTransferError(self.bootstrap_room, reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
         super().clear()

@@ -19,7 +19,8 @@ from sglang_apb.transfer.assembly import Assembly, TransferError
 from sglang_apb.transfer.compat import Compat
 from sglang_apb.transfer.config import CUDA_IPC, NCCL
 from sglang_apb.transfer.direct import RemotePool
-from sglang_apb.transfer.exchange import NUM_SLOTS, Fetch, Fetcher, ReceivingChannel
+from sglang_apb.transfer.exchange import NUM_SLOTS
+from sglang_apb.transfer.fetcher import Fetch, Fetcher
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, Shares
 from sglang_apb.transfer.hosts import Address
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # How often to look for blocks that never come.
 FETCH_POLL_MS = 100
+# A block that was asked for takes milliseconds.
+ARRIVAL_GRACE_S = 0.2
 
 
 def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
@@ -124,7 +127,11 @@ class ReceivingEndpoint(SocketLoop):
         return opened
 
     def close(self, room: ReceiveRoom, reason: str = "") -> None:
-        """Forgets a room: when this returns, its pages are never written again. For any thread."""
+        """Forgets a room: when this returns, its pages are never written again. For any thread but this endpoint's.
+
+        It waits for blocks that are arriving in the pages. From a prefill rank that hangs none comes: the channel to it
+        is given up then, and ends what is on its way.
+        """
         with room.lock:
             if room.closed:
                 return
@@ -136,6 +143,9 @@ class ReceivingEndpoint(SocketLoop):
             self._observer.failed(room.room, Cause.GIVEN_UP, told)
         if room.state is not ReceiveState.COMPLETE:
             self.refuse(room.room, room.ranks, told, room.attempt, room.asker)
+        if not room.wait_for_arrivals(ARRIVAL_GRACE_S):
+            self.call(partial(self._give_up_channels, room))
+            room.wait_for_arrivals()
 
     def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0, asker: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
@@ -161,6 +171,7 @@ class ReceivingEndpoint(SocketLoop):
                 send=partial(self._send, address),
                 receive_some=self._receive_some,
                 place=self._place,
+                fail=self._fail_room,
                 lose=partial(self._lose, address),
             )
             self._observer.has_peers(len(self._peers))
@@ -181,6 +192,10 @@ class ReceivingEndpoint(SocketLoop):
                 self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, reason)
+
+    def _fail_room(self, room: ReceiveRoom, reason: str) -> None:
+        with room.lock:
+            self._fail(room, reason, Cause.ERROR)
 
     def _disappoint(self, room: int, reason: str) -> None:
         with self._lock:
@@ -299,17 +314,23 @@ class ReceivingEndpoint(SocketLoop):
         are_busy = [peer.way.check() for peer in list(self._peers.values())]
         return FETCH_POLL_MS if any(are_busy) else None
 
-    def _place(self, channel: ReceivingChannel, slot: int, fetch: Fetch) -> None:
-        """Takes a block that has come over a channel out of its slot. In a thread of the channel."""
+    def _give_up_channels(self, room: ReceiveRoom) -> None:
+        for peer in [self._peers[address] for address in room.ranks if address in self._peers]:
+            peer.way.give_up(room, f"request {room.room} has ended, and blocks for it have not")
+
+    def _place(self, fetch: Fetch, write: Callable[[], None] | None) -> None:
+        """Takes a block that has come over a channel; `write`, if any, brings it to its pages. In a thread of the
+        channel.
+        """
         room, block = fetch.room, fetch.block
         with room.lock:
             room.fetching.discard((fetch.rank, block))
             if room.closed or room.state is not ReceiveState.RECEIVING:
                 return
-            ids = room.pages[block.first_page : block.first_page + block.num_pages]
             try:
                 room.assembly.check_block(fetch.rank, block)
-                channel.write(slot, room.parts[fetch.rank], block, ids)
+                if write is not None:
+                    write()
             except Exception as error:  # whatever it was: the rest of the request waits for this block
                 self._fail(room, f"A block of prefill rank {fetch.rank} could not be placed: {error}.", Cause.ERROR)
                 return

@@ -54,6 +54,7 @@ class ZmqKVSender(CommonKVSender):
         self._announced = False
         self._streamed: set[int] = set()
         self._last_send = 0.0
+        self._has_told = False
         self._transfers = FanOut(mgr.sending, bootstrap_room)
 
     @property
@@ -132,8 +133,13 @@ class ZmqKVSender(CommonKVSender):
         self._last_send = time.time()
 
     def poll(self) -> int:
-        if self.conclude_state is not None:
-            return self.conclude_state
+        status = self._poll() if self.conclude_state is None else self.conclude_state
+        if status == KVPoll.Failed and not self._has_told:
+            self._has_told = True
+            self.kv_mgr.reasons.tell(self.bootstrap_room, self._reason())
+        return status
+
+    def _poll(self) -> int:
         if self.kv_mgr.request_status.get(self.bootstrap_room) == KVPoll.Failed:
             return KVPoll.Failed
         self._transfers.wait_for_others()
@@ -148,10 +154,12 @@ class ZmqKVSender(CommonKVSender):
 
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
-        reason = self.kv_mgr.failure_records.pop(self.bootstrap_room, None) or self._transfers.reason
-        self._close(reason or "The request failed on another prefill rank.")
+        own = self._reason()
+        self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        reason = own or self.kv_mgr.reasons.find(self.bootstrap_room) or "The request failed on another prefill rank."
+        self._close(reason)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, reason or "Failed on another rank.", is_from_another_rank=not reason)
+        raise KVTransferError(self.bootstrap_room, reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
         super().clear()
@@ -227,6 +235,10 @@ class ZmqKVSender(CommonKVSender):
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
         self.conclude_state = KVPoll.Failed
         self._close(reason, cause)
+
+    def _reason(self) -> str:
+        """Why it failed on this rank; empty if it did not."""
+        return self.kv_mgr.failure_records.get(self.bootstrap_room) or self._transfers.reason
 
     def _close(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
         self._transfers.close(reason, cause)

@@ -10,7 +10,9 @@ from functools import partial
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.direct import DirectError, MapMemory, RemotePool, map_pool
-from sglang_apb.transfer.exchange import MIN_SLOT_BYTES, ExchangeError, Fetch, Fetcher, Meeting, ReceivingChannel
+from sglang_apb.transfer.exchange import MIN_SLOT_BYTES, ExchangeError, Meeting, ReceivingChannel
+from sglang_apb.transfer.fetcher import Fetcher, Place
+from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.wire import Buffer, Join, WireError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,8 @@ class Way:
     threads of their own, KV comes over ZMQ.
 
     `remote` is its pool, once that can be read as it lies; `fetcher` gets blocks, once there is a channel, and has each
-    of them taken by `place`. `call` runs a command in the endpoint's thread, in which `send` and `give_up` have to run,
-    and everything else here.
+    of them taken by `place`; what waits for one that will not come is told to `fail`. `call` runs a command in the
+    endpoint's thread, in which `send`, `fail` and `lose` have to run, and everything else here.
     """
 
     def __init__(
@@ -44,13 +46,14 @@ class Way:
         identity: bytes,
         call: Callable[[Callable[[], None]], None],
         send: Callable[[list[Buffer]], None],
-        place: Callable[[ReceivingChannel, int, Fetch], None],
-        give_up: Callable[[str], None],
+        place: Place,
+        fail: Callable[[ReceiveRoom, str], None],
+        lose: Callable[[str], None],
     ):
         self.remote: RemotePool | None = None
         self.fetcher: Fetcher | None = None
         self._ways, self._address, self._identity = ways, address, identity
-        self._call, self._send, self._place, self._give_up = call, send, place, give_up
+        self._call, self._send, self._place, self._fail, self._lose = call, send, place, fail, lose
         self._lock = threading.Lock()
         self._is_closed = self._is_waiting = False
         if ways.map_memory is not None or ways.meeting is not None:
@@ -65,6 +68,8 @@ class Way:
             raise WireError("JOIN that nobody asked for")
         self._is_waiting = False
         if self.fetcher is not None:
+            for room in self.fetcher.rooms:
+                self._fail(room, f"The channel to prefill rank {self._address} is closed ({join.reason}).")
             self.fetcher.close()
             self.fetcher = None
         if join.reason:
@@ -139,9 +144,14 @@ class Way:
             self._break(str(error))
         return True
 
+    def give_up(self, room: ReceiveRoom, reason: str) -> None:
+        """Ends the channel, if something is on its way there to a request."""
+        if self.fetcher is not None and room in self.fetcher.rooms:
+            self._break(reason)
+
     def _break(self, reason: str) -> None:
         if not self._is_closed and self.fetcher is not None:
-            self._give_up(f"The channel to prefill rank {self._address} does not work ({reason}).")
+            self._lose(f"The channel to prefill rank {self._address} does not work ({reason}).")
 
     def _do_without(self, reason: str) -> None:
         if self._is_closed:
@@ -149,7 +159,7 @@ class Way:
         if self._ways.zmq_too:
             logger.info("KV transfer: KV comes over zmq. %s", reason)
         else:
-            self._give_up(reason)
+            self._lose(reason)
 
 
 def _close(remote: RemotePool) -> None:

@@ -41,7 +41,7 @@ COPY, OVER_ZMQ, SCATTERED, CURVE, MOONCAKE = (
 )
 IPC, IPC_SCATTERED = "cuda_ipc", "cuda_ipc, scattered pages"
 CHANNEL, CHANNEL_SCATTERED = "nccl", "nccl, scattered pages"
-LARGE_CHANNEL = f"nccl, scattered pages, {LARGE_BUFFER_MB} MB"
+LARGE_CHANNEL, LARGE_SCATTERED = (f"{way}, {LARGE_BUFFER_MB} MB" for way in (CHANNEL, CHANNEL_SCATTERED))
 AT_ONCE = 4
 _WARM_UP = 2
 # On CPUs, what else runs there differs from minute to minute: the ways take turns.
@@ -127,8 +127,9 @@ def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
         CHANNEL: partial(_zmq, *once, scattered=False, ways=usual),
         CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, ways=usual),
         f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=usual, at_once=AT_ONCE),
-        LARGE_CHANNEL: partial(_zmq, *once, scattered=True, ways=large),
-        f"{LARGE_CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=large, at_once=AT_ONCE),
+        LARGE_CHANNEL: partial(_zmq, *once, scattered=False, ways=large),
+        LARGE_SCATTERED: partial(_zmq, *once, scattered=True, ways=large),
+        f"{LARGE_SCATTERED}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=large, at_once=AT_ONCE),
         OVER_ZMQ: partial(_zmq, *once, scattered=False),
     }
 
