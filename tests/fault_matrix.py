@@ -170,7 +170,7 @@ class Matrix:
             if not row.got.startswith("right"):
                 row.problems.append("the KV was there, and yet the answer is not right")
         elif "Lost the connection to" not in row.got:
-            row.problems.append("the error does not name the cause")
+            row.problems.append(f"the error does not name the cause: {surviving.text}")
         elif surviving.ended - started > limit:
             row.problems.append(f"the error took more than {limit} s")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sglang_apb.transfer.gpu_pages import open_pool
+from sglang_apb.transfer.gpu_pages import UploadedIds, open_pool
 from sglang_apb.transfer.pages import BLOCK_BYTES, Pages, open_host_memory, plan_blocks
 
 PAGE_SIZE, NUM_PAGES, NUM_HEADS = 16, 300, 3
@@ -83,3 +83,18 @@ def test_a_page_larger_than_a_block() -> None:
     blocks = list(plan_blocks(pages.item_lens, range(1), 0, 3))
     assert [block.num_pages for block in blocks] == [1, 1, 1]
     assert pages.gather(0, 1, np.array([1])).nbytes == BLOCK_BYTES + 1
+
+
+def test_the_ids_of_a_layers_blocks_are_uploaded_for_the_first_layer() -> None:
+    ids = np.random.default_rng(3).permutation(NUM_PAGES)
+    parts = [ids[start : start + 75] for start in range(0, NUM_PAGES, 75)]
+    uploaded = UploadedIds(torch.device("cpu"))
+    first = [uploaded.of(part) for part in parts]
+    for again in (parts, [part.copy() for part in parts]):
+        assert all(uploaded.of(part) is there for part, there in zip(again, first, strict=True))
+    alike = parts[0].copy()
+    alike[30:32] = alike[31:29:-1]
+    assert torch.equal(uploaded.of(alike), torch.from_numpy(alike))
+    for number in range(100):
+        assert uploaded.of(np.arange(number, number + 75)).tolist() == list(range(number, number + 75))
+    assert uploaded.of(parts[0]) is not first[0], "it keeps some"
