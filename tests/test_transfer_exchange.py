@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import transfer_peers
-from transfer_peers import AUX_LENS, ITEM_LENS, Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
+from transfer_peers import (
+    AUX_LENS,
+    ITEM_LENS,
+    Tubes,
+    asked,
+    cluster,
+    connect,
+    connected,
+    opened,
+    received,
+    rows,
+    send_owned,
+    wait_for,
+)
 
 from sglang_apb.transfer import exchange, fetcher, loop, nccl, receiving, sending, ways, wire
 from sglang_apb.transfer.exchange import ExchangeError, Meeting, PrefillEnds
-from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
-from sglang_apb.transfer.outbox import SendRoom, SendState
+from sglang_apb.transfer.inbox import ReceiveState
+from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.ways import Way, Ways
 from sglang_apb.transfer.wire import Block, Frame, Join, Kind, WireError
 from sglang_apb.transfer.worker import Worker
 
 OWNED = {1: [[(0, 120)]], 2: [[(0, 30), (90, 120)], [(30, 90)]]}
-
-
-def connect(peers: Cluster) -> None:
-    """Until every prefill rank has a channel that both sides have made."""
-    ready = peers.ask(99, np.arange(0))
-    rooms = [sender.open(99) for sender in peers.senders]
-    assert all(asked(room) for room in rooms)
-    for sender, room in zip(peers.senders, rooms, strict=True):
-        assert wait_for(lambda s=sender, r=room: s._peers.channel(r.identity) is not None)
-    peers.receiver.close(ready)
-    for sender, room in zip(peers.senders, rooms, strict=True):
-        sender.close(room)
-
-
-@contextlib.contextmanager
-def connected(num_ranks: int = 1, *, tubes: Tubes) -> Iterator[Cluster]:
-    """A cluster of which every prefill rank has a channel."""
-    with cluster(num_ranks, tubes=tubes) as peers:
-        connect(peers)
-        yield peers
-
-
-EIGHT, SCATTERED = np.arange(8), np.arange(0, 16, 2)
-
-
-def opened(peers: Cluster, number: int, pages: np.ndarray = EIGHT) -> tuple[ReceiveRoom, SendRoom]:
-    """A request on both sides, for which decode has asked the first prefill rank."""
-    decode, room = peers.ask(number, pages), peers.senders[0].open(number)
-    assert asked(room)
-    return decode, room
 
 
 @pytest.mark.parametrize("num_ranks", OWNED)
@@ -104,76 +86,31 @@ def test_whatever_keeps_a_block_from_its_place_ends_the_request(monkeypatch: pyt
 
     with connected(tubes=Tubes()) as peers:
         monkeypatch.setattr(transfer_peers._TubeEnd, "write", fail)
-        decode, room = opened(peers, 1, SCATTERED)
+        decode, room = opened(peers, 1, np.arange(0, 16, 2))
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
         assert not received(decode)
         assert "could not be placed: no space left on device" in decode.reason
 
 
-def test_a_block_comes_straight_to_pages_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    with connected(tubes=Tubes()) as peers:
-        monkeypatch.setattr(transfer_peers._TubeEnd, "write", None)
-        decode, room = opened(peers, 1)
-        send_owned(peers.senders[0], room, np.arange(20, 28), [(0, 8)], 5)
-        assert received(decode), decode.reason
-        assert rows(peers.pool, EIGHT) == rows(peers.pools[0], np.arange(20, 28))
-
-
-@pytest.mark.parametrize("comes", [True, False])
-def test_pages_are_freed_when_nothing_comes_there_any_more(comes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block that is on its way straight to them is waited for; one that does not come has its channel given up."""
-    monkeypatch.setattr(receiving, "ARRIVAL_GRACE_S", 10.0 if comes else 0.1)
-    tubes = Tubes()
-    with connected(tubes=tubes) as peers:
-        before = rows(peers.pool, EIGHT)
-        tubes.before_arrival = lambda: False
-        decode, room = opened(peers, 1)
-        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
-        assert wait_for(lambda: bool(decode._num_arriving))
-        end = threading.Thread(target=peers.receiver.close, args=(decode,))
-        end.start()
-        end.join(0.05)
-        assert end.is_alive()
-        tubes.before_arrival = lambda: comes
-        end.join(5.0)
-        assert not end.is_alive()
-        assert rows(peers.pool, EIGHT) == (rows(peers.pools[0], np.arange(8)) if comes else before)
-        assert all(end.is_closed for end in tubes.ends if not end.is_prefill) != comes
-        tubes.before_arrival = lambda: True
-        connect(peers)
-        decode, room = opened(peers, 2)
-        send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)
-        assert received(decode) and decode.data_plane == "nccl"
-
-
-def test_a_closed_request_has_nothing_come_straight_to_its_pages() -> None:
-    with connected(tubes=Tubes()) as peers:
-        decode, room = opened(peers, 1)
-        (peer,) = peers.receiver._peers.values()
-        decode.closed = True  # while it is taken for open
-        assert not decode.begin_arrival() and decode.wait_for_arrivals(0.0)
-        block = Block(0, 6, 0, 8)
-        before = rows(peers.pool, EIGHT)
-        held = peers.senders[0]._peers.channel(room.identity).hold(range(1), block, np.arange(8))
-        room.held[block] = held
-        peers.receiver.call(partial(peer.way.fetcher.add, fetcher.Fetch(decode, 0, block, held.num_bytes)))
-        assert wait_for(lambda: not room.held and not peer.way.fetcher.is_busy)
-        assert rows(peers.pool, EIGHT) == before
-
-
-def test_a_prefill_rank_that_ends_a_channel_ends_what_waits_for_it() -> None:
-    """Also one that does not end its requests."""
+def test_a_prefill_rank_that_ends_a_channel_ends_what_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that does not end its requests. What has ended before is not counted again."""
     tubes = Tubes()
     with connected(tubes=tubes) as peers:
         tubes.before_arrival = lambda: False
         decode, room = opened(peers, 1)
         others, _ = opened(peers, 2)
-        peers.senders[0].announce(room, [(0, 8)])
-        peers.senders[0].send_pages(room, (0, 8), lambda: np.arange(8), range(3))
-        assert wait_for(lambda: bool(decode.fetching))
+        ended, its = opened(peers, 3)
+        for request in (room, its):
+            peers.senders[0].announce(request, [(0, 8)])
+            peers.senders[0].send_pages(request, (0, 8), lambda: np.arange(8), range(3))
+        assert wait_for(lambda: bool(decode.fetching and ended.fetching))
+        counted: list[int] = []
+        monkeypatch.setattr(peers.receiver._observer, "failed", lambda number, *_: counted.append(number))
+        peers.receiver.give_up(ended)
         peers.senders[0].call(partial(peers.senders[0]._answer_join, room.identity, Join(reason="no memory")))
         assert not received(decode)
         assert decode.reason.endswith("is closed (no memory).") and others.state is ReceiveState.RECEIVING
+        assert counted == [3, 1]
 
 
 def test_a_request_waits_for_blocks_that_are_on_their_way() -> None:
@@ -235,7 +172,7 @@ def test_the_end_comes_when_every_block_has_been_fetched(monkeypatch: pytest.Mon
     with connected(tubes=Tubes()) as peers:
         (peer,) = peers.receiver._peers.values()
         fetches: list[list[wire.Buffer]] = []
-        monkeypatch.setattr(peer.way.fetcher, "_fetch", fetches.append)
+        monkeypatch.setattr(peer.way.fetcher, "_send_fetch", fetches.append)
         decode, room = opened(peers, 1)
         sender = peers.senders[0]
         send_owned(sender, room, np.arange(8), [(0, 8)], 5)

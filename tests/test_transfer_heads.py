@@ -260,6 +260,19 @@ def test_reasons_are_those_of_a_request_and_of_bounded_number() -> None:
     assert store.num_keys() <= 65
     assert another.find(999) == "Reason 999: it has words."
     assert not another.find(1) and not Reasons(dist.HashStore()).find(999) and not ALONE.find(999)
+    one.tell(999, "")
+    assert another.find(999) == "Reason 999: it has words."
+
+
+def test_without_the_ranks_store_a_request_ends_all_the_same() -> None:
+    """The rank that has it is gone."""
+
+    def fail(*_: object) -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    gone = Reasons(SimpleNamespace(set=fail, check=fail))  # type: ignore[arg-type]
+    gone.tell(1, "No GPU memory for the prompt.")
+    assert not gone.find(1)
 
 
 def ask_one(peers: Servers) -> tuple[list[ReceiveRoom], FanOut]:

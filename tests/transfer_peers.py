@@ -33,6 +33,7 @@ NUM_LAYERS = 3
 AUX_LENS = (64, 128, 64)
 NUM_POOL_PAGES = 500
 HEADS = range(1)
+EIGHT = np.arange(8)
 COMPAT = Compat(
     model="Toy",
     model_hash="toy",
@@ -160,7 +161,7 @@ class _TubeEnd:
         if unique_id not in tubes._posted:
             raise ExchangeError("nobody is there")
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
-        self._parts = PagesByHeads(pages, heads, page_size)
+        self._parts, self._heads = PagesByHeads(pages, heads, page_size), heads
         self._slots: dict[int, bytes] = {}
         self._coming: deque[tuple[int, range, wire.Block, np.ndarray | None, Callable[[bool], None]]] = deque()
         self._on_error, self.slot_bytes, self.is_prefill = on_error, slot_bytes, is_prefill
@@ -194,7 +195,7 @@ class _TubeEnd:
         arrive(payload)
 
     def can_place(self, part: range, block: wire.Block, ids: np.ndarray) -> bool:
-        return run_of(ids) is not None
+        return run_of(ids) is not None and part == self._heads
 
     def receive(
         self,
@@ -324,3 +325,30 @@ def received(room: ReceiveRoom, seconds: float = 5.0) -> bool:
 
 def asked(room: SendRoom) -> bool:
     return wait_for(lambda: room.state is not SendState.UNASKED) and room.state is SendState.ASKED
+
+
+def connect(peers: Cluster) -> None:
+    """Until every prefill rank has a channel that both sides have made."""
+    ready = peers.ask(99, np.arange(0))
+    rooms = [sender.open(99) for sender in peers.senders]
+    assert all(asked(room) for room in rooms)
+    for sender, room in zip(peers.senders, rooms, strict=True):
+        assert wait_for(lambda s=sender, r=room: s._peers.channel(r.identity) is not None)
+    peers.receiver.close(ready)
+    for sender, room in zip(peers.senders, rooms, strict=True):
+        sender.close(room)
+
+
+@contextlib.contextmanager
+def connected(num_ranks: int = 1, *, tubes: Tubes) -> Iterator[Cluster]:
+    """A cluster of which every prefill rank has a channel."""
+    with cluster(num_ranks, tubes=tubes) as peers:
+        connect(peers)
+        yield peers
+
+
+def opened(peers: Cluster, number: int, pages: np.ndarray = EIGHT) -> tuple[ReceiveRoom, SendRoom]:
+    """A request on both sides, for which decode has asked the first prefill rank."""
+    decode, room = peers.ask(number, pages), peers.senders[0].open(number)
+    assert asked(room)
+    return decode, room

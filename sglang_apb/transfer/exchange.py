@@ -99,7 +99,7 @@ class ReceivingChannel(Protocol):
 
         Once `when_queued` has been called, it may come. `when_over` is always called, with whether it has come, when
         nothing is received there any more, and may `write` what is in the slot. Both are called in threads of the
-        channel, each in the order of the blocks.
+        channel, each in the order of the blocks until it is closed.
         """
         ...
 

@@ -59,6 +59,13 @@ class Fetcher:
         self._waiting: deque[Fetch] = deque()
         self._coming: deque[Fetch] = deque()
         self._free = deque(range(NUM_SLOTS))
+        self._last_arrival = 0.0
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long it has waited for the block that is to come next."""
+        since = max(self._last_arrival, self._coming[0].asked) if self._coming else time.monotonic()
+        return time.monotonic() - since
 
     @property
     def rooms(self) -> set[ReceiveRoom]:
@@ -79,7 +86,7 @@ class Fetcher:
 
     def check(self) -> None:
         """Raises ExchangeError when a block has not come for too long."""
-        if self._coming and time.monotonic() - self._coming[0].asked > ARRIVAL_S:
+        if self.idle_seconds > ARRIVAL_S:
             raise ExchangeError(f"a block has not come for {ARRIVAL_S:g} s")
 
     def _ask(self) -> None:
@@ -92,7 +99,7 @@ class Fetcher:
         frame = wire.pack(Kind.FETCH, room.room, room.attempt, body, asker=room.asker)
         fetch.asked = time.monotonic()
         self._coming.append(fetch)
-        when_queued = partial(self._call, partial(self._fetch, frame))
+        when_queued = partial(self._call, partial(self._send_fetch, frame))
         if self.channel.can_place(*what) and room.begin_arrival():
             when_over = partial(self._end_arrival, fetch, slot)
             self.channel.receive(slot, fetch.num_bytes, *what, when_queued, when_over)
@@ -100,7 +107,7 @@ class Fetcher:
             when_over = partial(self._take, fetch, slot, partial(self.channel.write, slot, *what))
             self.channel.receive(slot, fetch.num_bytes, *what[:2], None, when_queued, when_over)
 
-    def _fetch(self, frame: list[Buffer]) -> None:
+    def _send_fetch(self, frame: list[Buffer]) -> None:
         if not self._is_closed:
             self._send(frame)
 
@@ -114,6 +121,7 @@ class Fetcher:
         self._call(partial(self._empty, slot))
 
     def _empty(self, slot: int) -> None:
+        self._last_arrival = time.monotonic()
         self._coming.popleft()
         self._free.append(slot)
         if not self._is_closed:

@@ -65,8 +65,8 @@ class GpuSide:
         return item_len // (self.page_size * len(self.heads))
 
 
-# A layer's pages are that many blocks at most whose ids the next layer finds on the GPU.
-_NUM_UPLOADED = 16
+# A layer of a long prompt is several blocks, each with pages of its own: the next layer finds their ids uploaded.
+_NUM_UPLOADED = 32
 
 
 class UploadedIds:
@@ -81,12 +81,13 @@ class UploadedIds:
 
     def of(self, ids: PageIds) -> torch.Tensor:
         """`ids` must not change afterwards."""
-        for known, there in self._uploaded:
-            if _are_same(ids, known):
-                return there
-        there = self._keep(torch.from_numpy(ids).to(self._device))
-        self._uploaded.append((ids, there))
-        return there
+        found = next((pair for pair in self._uploaded if _are_same(ids, pair[0])), None)
+        if found is None:
+            found = ids, self._keep(torch.from_numpy(ids).to(self._device))
+        else:
+            self._uploaded = deque((pair for pair in self._uploaded if pair is not found), _NUM_UPLOADED)
+        self._uploaded.append(found)  # the one that was used last is forgotten last
+        return found[1]
 
     def in_order(self, num_ids: int) -> torch.Tensor:
         """Those of pages in one piece."""

@@ -60,7 +60,7 @@ class ReceiveRoom:
     def begin_arrival(self) -> bool:
         """Before something else than this process may write into the pages. False when nothing may any more."""
         with self._arrivals:
-            if self.closed:
+            if self.closed or self.state is not ReceiveState.RECEIVING:
                 return False
             self._num_arriving += 1
             return True
@@ -70,7 +70,12 @@ class ReceiveRoom:
             self._num_arriving -= 1
             self._arrivals.notify_all()
 
-    def wait_for_arrivals(self, seconds: float | None = None) -> bool:
+    @property
+    def is_arriving(self) -> bool:
+        """Whether something may still be written into the pages although `closed` has been set."""
+        return bool(self._num_arriving)
+
+    def wait_for_arrivals(self, seconds: float) -> bool:
         """After `closed` has been set: until nothing arrives in the pages. False if something still does."""
         with self._arrivals:
             return self._arrivals.wait_for(lambda: not self._num_arriving, seconds)

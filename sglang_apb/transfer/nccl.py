@@ -86,9 +86,12 @@ class _Channel:
         self._calls.end()
 
     def _abort(self) -> None:
-        self._communicator.abort()
-        self._copies.synchronize()  # one may be queued behind a block that was not taken
-        self._waits.end()
+        try:
+            self._communicator.abort()
+            self._communicator.stream.synchronize()
+            self._copies.synchronize()  # one may be queued behind a block that was not taken
+        finally:
+            self._waits.end()
 
     def _submit(self, function: Callable[[], None]) -> None:
         self._calls.submit(partial(self._try, function))
@@ -248,7 +251,7 @@ class NcclReceiver(_Channel):
     _rank = DECODE
 
     def __init__(self, *arguments: Any, **side: Any):
-        self._unsure: list[Callable[[bool], None]] = []
+        self._until_abort: list[Callable[[], None]] = []
         super().__init__(*arguments, **side)
 
     def can_place(self, part: range, block: Block, ids: PageIds) -> bool:
@@ -280,8 +283,8 @@ class NcclReceiver(_Channel):
         if self._try(partial(self._queue, address, num_bytes, arrived)):
             self._waits.submit(partial(self._wait_for, arrived, when_over))
             when_queued()
-        else:  # NCCL may still begin what it has not refused
-            self._unsure.append(when_over)
+        else:  # NCCL may still begin a receive that it has not ended in time
+            self._until_abort.append(partial(when_over, False))
 
     def _queue(self, address: int, num_bytes: int, arrived: torch.cuda.Event) -> None:
         self._communicator.receive(address, num_bytes)
@@ -295,6 +298,8 @@ class NcclReceiver(_Channel):
         when_over(not (self._communicator.is_closed or self._has_failed))  # what has been aborted is over, too
 
     def _abort(self) -> None:
-        super()._abort()
-        for when_over in self._unsure:
-            when_over(False)
+        try:
+            super()._abort()
+        finally:  # an error of CUDA's is for SGLang to meet: nobody may wait for it here
+            for tell in self._until_abort:
+                tell()

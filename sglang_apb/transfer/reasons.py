@@ -4,6 +4,8 @@ the first of them answers the client.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -24,15 +26,20 @@ class Reasons:
         return cls(_get_default_store() if has_others else None)
 
     def tell(self, room: int, reason: str) -> None:
-        if self._store is not None:
+        if self._store is None or not reason:
+            return
+        with contextlib.suppress(Exception):  # a store that is gone must not end SGLang's scheduler
             self._store.set(_key(room), f"{room} {reason}")
 
     def find(self, room: int) -> str:
         """Empty when no rank has told."""
-        if self._store is None or not self._store.check([_key(room)]):
+        if self._store is None:
             return ""
-        of, _, reason = self._store.get(_key(room)).decode().partition(" ")
-        return reason if of == str(room) else ""
+        with contextlib.suppress(Exception):
+            if self._store.check([_key(room)]):
+                of, _, reason = self._store.get(_key(room)).decode().partition(" ")
+                return reason if of == str(room) else ""
+        return ""
 
 
 def _key(room: int) -> str:

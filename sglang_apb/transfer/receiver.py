@@ -95,7 +95,12 @@ class ZmqKVReceiver(CommonKVReceiver):
         status = self._poll() if self.conclude_state is None else self.conclude_state
         if status == KVPoll.Failed and not self._has_told:
             self._has_told = True
-            self.kv_mgr.reasons.tell(self.bootstrap_room, self.kv_mgr.failure_records.get(self.bootstrap_room, ""))
+            reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "")
+            self.kv_mgr.reasons.tell(self.bootstrap_room, reason)
+            if self._room is not None:
+                self.kv_mgr.receiving.give_up(self._room, reason)
+        if status == KVPoll.Failed and self._room is not None and self._room.is_arriving:
+            return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
         return status
 
     def _poll(self) -> int:
@@ -157,7 +162,7 @@ class ZmqKVReceiver(CommonKVReceiver):
             asker = self._shares.asker if self._shares else 0
             self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason, asker=asker)
         else:
-            self._close(reason)
+            self.kv_mgr.receiving.give_up(self._room, reason)
 
     def _close(self, reason: str) -> None:
         if self._room is not None:

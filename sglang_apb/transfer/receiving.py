@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 # How often to look for blocks that never come.
 FETCH_POLL_MS = 100
-# A block that was asked for takes milliseconds.
-ARRIVAL_GRACE_S = 0.2
+# A block that was asked for takes milliseconds, over a slow link tenths of a second.
+ARRIVAL_GRACE_S = 1.0
 
 
 def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
@@ -76,6 +76,11 @@ class ReceivingEndpoint(SocketLoop):
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
         self._expected: dict[int, _Expected] = {}
+
+    def stop(self) -> None:
+        """For tests, which free their pools then: nothing is written there any more."""
+        self.call(self._close_peers)
+        super().stop()
 
     def expect(self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[str], None], asker: int = 0) -> None:
         """Tells the ranks that they will be asked for a room, and watches them until it is opened.
@@ -126,12 +131,8 @@ class ReceivingEndpoint(SocketLoop):
             self.call(partial(self._send, address, wire.pack_message(ask, room, attempt, shares.asker)))
         return opened
 
-    def close(self, room: ReceiveRoom, reason: str = "") -> None:
-        """Forgets a room: when this returns, its pages are never written again. For any thread but this endpoint's.
-
-        It waits for blocks that are arriving in the pages. From a prefill rank that hangs none comes: the channel to it
-        is given up then, and ends what is on its way.
-        """
+    def give_up(self, room: ReceiveRoom, reason: str = "") -> None:
+        """Forgets a room. Once nothing `is_arriving` there, its pages are never written again. For any thread."""
         with room.lock:
             if room.closed:
                 return
@@ -143,9 +144,15 @@ class ReceivingEndpoint(SocketLoop):
             self._observer.failed(room.room, Cause.GIVEN_UP, told)
         if room.state is not ReceiveState.COMPLETE:
             self.refuse(room.room, room.ranks, told, room.attempt, room.asker)
-        if not room.wait_for_arrivals(ARRIVAL_GRACE_S):
-            self.call(partial(self._give_up_channels, room))
-            room.wait_for_arrivals()
+
+    def close(self, room: ReceiveRoom, reason: str = "") -> None:
+        """The same, and waits: when this returns, its pages are never written again. Not for this endpoint's thread.
+
+        A channel over which nothing has arrived meanwhile is ended, and what is on its way with it: the rank hangs.
+        """
+        self.give_up(room, reason)
+        while not room.wait_for_arrivals(ARRIVAL_GRACE_S):
+            self.call(partial(self._end_stuck_channels, room))
 
     def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0, asker: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
@@ -195,7 +202,12 @@ class ReceivingEndpoint(SocketLoop):
 
     def _fail_room(self, room: ReceiveRoom, reason: str) -> None:
         with room.lock:
-            self._fail(room, reason, Cause.ERROR)
+            if not room.closed:
+                self._fail(room, reason, Cause.ERROR)
+
+    def _close_peers(self) -> None:
+        for peer in self._peers.values():
+            peer.close()
 
     def _disappoint(self, room: int, reason: str) -> None:
         with self._lock:
@@ -314,9 +326,9 @@ class ReceivingEndpoint(SocketLoop):
         are_busy = [peer.way.check() for peer in list(self._peers.values())]
         return FETCH_POLL_MS if any(are_busy) else None
 
-    def _give_up_channels(self, room: ReceiveRoom) -> None:
+    def _end_stuck_channels(self, room: ReceiveRoom) -> None:
         for peer in [self._peers[address] for address in room.ranks if address in self._peers]:
-            peer.way.give_up(room, f"request {room.room} has ended, and blocks for it have not")
+            peer.way.end_if_stuck(room, ARRIVAL_GRACE_S)
 
     def _place(self, fetch: Fetch, write: Callable[[], None] | None) -> None:
         """Takes a block that has come over a channel; `write`, if any, brings it to its pages. In a thread of the

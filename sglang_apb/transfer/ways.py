@@ -144,10 +144,10 @@ class Way:
             self._break(str(error))
         return True
 
-    def give_up(self, room: ReceiveRoom, reason: str) -> None:
-        """Ends the channel, if something is on its way there to a request."""
-        if self.fetcher is not None and room in self.fetcher.rooms:
-            self._break(reason)
+    def end_if_stuck(self, room: ReceiveRoom, seconds: float) -> None:
+        """Ends the channel, if something is on its way there to a request, and nothing has come for so long."""
+        if self.fetcher is not None and room in self.fetcher.rooms and self.fetcher.idle_seconds > seconds:
+            self._break(f"nothing has come for {seconds:g} s, and a request that has ended waits for it")
 
     def _break(self, reason: str) -> None:
         if not self._is_closed and self.fetcher is not None:
