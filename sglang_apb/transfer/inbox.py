@@ -28,10 +28,10 @@ class ReceiveRoom:
     """One request's transfer. `ranks[i]` is the address of prefill rank i, `pages` the pool's pages it gets, and
     `sources[i]` the heads `parts[i]` of them that rank i brings.
 
-    `lock` is held for every write into the pool: once `closed` is set under it, and no block is arriving straight in
-    the pages, they may be freed.
-    `unconfirmed` are ranks whose pages were read where they lie: each has to say that they had not changed. While
-    blocks are on their way over a channel, what comes after them is `held_back`.
+    `lock` is held for every write of this process into the pool: once `closed` is set under it, and nothing
+    `is_arriving` from elsewhere, the pages may be freed. `unconfirmed` are ranks whose pages were read where they lie:
+    each has to say that they had not changed. While blocks are on their way over a channel, what comes after them is
+    `held_back`.
     """
 
     room: int
