@@ -238,7 +238,7 @@ class Matrix:
             "transferring": lambda: self._received() - received > TRANSFERRED_LAYERS * BYTES_A_LAYER,
             "done": lambda: self._is_done(struck),
         }
-        assert wait_for(reached[stage], 60), f"did not come to the stage {stage}"
+        assert wait_for(reached[stage], 60), f"did not come to the stage {stage}: {struck.decode.text[:200]}"
         if stage in ("waiting", "bootstrapping"):
             time.sleep(0.05 if (target, stage) == ("router", "bootstrapping") else 1)
         if stage == "waiting" or (stage == "bootstrapping" and target != "router"):
