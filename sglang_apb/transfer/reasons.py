@@ -30,6 +30,7 @@ class Reasons:
             return
         with contextlib.suppress(Exception):  # a store that is gone must not end SGLang's scheduler
             self._store.set(_key(room), f"{room} {reason}")
+            self._store.check([_key(room)])  # answered when it is there: `set` itself does not wait
 
     def find(self, room: int) -> str:
         """Empty when no rank has told."""
