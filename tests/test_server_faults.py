@@ -154,5 +154,5 @@ def check_metrics(url: str) -> None:
 def value(metrics: str, pattern: str) -> float:
     """The sum of the metrics that match."""
     lines = [line for line in metrics.splitlines() if re.match(f"sglang_apb:{pattern}", line)]
-    assert lines, f"no {pattern}"
+    assert lines, f"no {pattern} among {[line for line in metrics.splitlines() if line.startswith('sglang_apb:')]}"
     return sum(float(line.split()[-1]) for line in lines)
