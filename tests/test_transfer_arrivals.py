@@ -178,7 +178,7 @@ def nccl_receiver(monkeypatch: pytest.MonkeyPatch) -> NcclReceiver:
 def receive(channel: NcclReceiver) -> tuple[list[str], list[bool]]:
     queued: list[str] = []
     over: list[bool] = []
-    channel.receive(0, 8, range(1), Block(0, 1, 0, 1), None, lambda: queued.append("queued"), over.append)
+    channel.receive(0, 8, None, lambda: queued.append("queued"), over.append)
     return queued, over
 
 

@@ -163,7 +163,8 @@ class _TubeEnd:
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts, self._heads = PagesByHeads(pages, heads, page_size), heads
         self._slots: dict[int, bytes] = {}
-        self._coming: deque[tuple[int, range, wire.Block, np.ndarray | None, Callable[[bool], None]]] = deque()
+        self._places: list[tuple[range, wire.Block, np.ndarray]] = []
+        self._coming: deque[tuple[int, int | None, Callable[[bool], None]]] = deque()
         self._on_error, self.slot_bytes, self.is_prefill = on_error, slot_bytes, is_prefill
         self.num_held = 0
         self._arrivals = Worker("tube")
@@ -194,16 +195,17 @@ class _TubeEnd:
         assert len(payload) == num_bytes
         arrive(payload)
 
-    def can_place(self, part: range, block: wire.Block, ids: np.ndarray) -> bool:
-        return run_of(ids) is not None and part == self._heads
+    def place_of(self, part: range, block: wire.Block, ids: np.ndarray) -> int | None:
+        if run_of(ids) is None or part != self._heads:
+            return None
+        self._places.append((part, block, ids))
+        return len(self._places) - 1
 
     def receive(
         self,
         slot: int,
         num_bytes: int,
-        part: range,
-        block: wire.Block,
-        ids: np.ndarray | None,
+        place: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
@@ -212,7 +214,7 @@ class _TubeEnd:
         def arrive(payload: bytes) -> None:
             self._arrivals.submit(partial(self._arrive, payload))
 
-        self._coming.append((slot, part, block, ids, when_over))
+        self._coming.append((slot, place, when_over))
         self._posted.append((num_bytes, arrive))
         when_queued()
 
@@ -221,10 +223,11 @@ class _TubeEnd:
             time.sleep(0.001)
         if self.is_closed:
             return  # `close` has more to say
-        slot, part, block, ids, when_over = self._coming.popleft()
-        if ids is None:
+        slot, place, when_over = self._coming.popleft()
+        if place is None:
             self._slots[slot] = payload
         else:
+            part, block, ids = self._places[place]
             self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, payload)
         when_over(True)
 

@@ -81,21 +81,21 @@ class ReceivingChannel(Protocol):
 
     slot_bytes: int
 
-    def can_place(self, part: range, block: Block, ids: PageIds) -> bool:
-        """Whether the heads `part` of a block can be received straight into pages `ids` of the pool."""
+    def place_of(self, part: range, block: Block, ids: PageIds) -> int | None:
+        """Where to `receive` the heads `part` of a block, for them to be in pages `ids` of the pool then; None if that
+        is no place in one piece.
+        """
         ...
 
     def receive(
         self,
         slot: int,
         num_bytes: int,
-        part: range,
-        block: Block,
-        ids: PageIds | None,
+        place: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
-        """Has the next block received, into pages `ids` or, if None, into a slot.
+        """Has the next block received, at `place` or, if None, into a slot.
 
         Once `when_queued` has been called, it may come. `when_over` is always called, with whether it has come, when
         nothing is received there any more, and may `write` what is in the slot. Both are called in threads of the

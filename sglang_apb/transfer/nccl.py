@@ -254,21 +254,18 @@ class NcclReceiver(_Channel):
         self._until_abort: list[Callable[[], None]] = []
         super().__init__(*arguments, **side)
 
-    def can_place(self, part: range, block: Block, ids: PageIds) -> bool:
-        return self._side.straight(part, block, ids) is not None
+    def place_of(self, part: range, block: Block, ids: PageIds) -> int | None:
+        return self._side.straight(part, block, ids)
 
     def receive(
         self,
         slot: int,
         num_bytes: int,
-        part: range,
-        block: Block,
-        ids: PageIds | None,
+        place: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
-        straight = self._side.straight(part, block, ids) if ids is not None else None
-        address = self._slots[slot].data_ptr() if straight is None else straight
+        address = self._slots[slot].data_ptr() if place is None else place
         self._calls.submit(partial(self._receive, address, num_bytes, when_queued, when_over))
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
