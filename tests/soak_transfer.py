@@ -85,7 +85,7 @@ def prefill(pipe: Connection, seed: int) -> None:
         if pipe.poll(_POLL_S):
             job = pipe.recv()
             if job is None:
-                pipe.send(Left.here(len(sender._rooms)))
+                pipe.send(Left.here(len(sender.rooms)))
             else:
                 rooms[job.room] = (sender.open(job.room), job, time.monotonic())
         for room, job, opened in list(rooms.values()):

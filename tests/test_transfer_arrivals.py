@@ -13,12 +13,26 @@ import pytest
 import torch
 import transfer_peers
 from sglang.srt.disaggregation.base.conn import KVPoll
-from transfer_peers import EIGHT, Cluster, Tubes, connect, connected, opened, received, rows, send_owned, wait_for
+from sglang.srt.disaggregation.common.conn import KVTransferError
+from transfer_peers import (
+    EIGHT,
+    Cluster,
+    Tubes,
+    cluster,
+    connect,
+    connected,
+    opened,
+    received,
+    rows,
+    send_owned,
+    wait_for,
+)
 
 from sglang_apb.transfer import exchange, fetcher, receiving
 from sglang_apb.transfer.exchange import ExchangeError
 from sglang_apb.transfer.inbox import ReceiveRoom
 from sglang_apb.transfer.nccl import NcclReceiver
+from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.reasons import Reasons
 from sglang_apb.transfer.receiver import ZmqKVReceiver
@@ -85,8 +99,8 @@ def test_a_channel_that_still_brings_blocks_is_not_given_up(monkeypatch: pytest.
         assert not end.is_alive() and not any(end.is_closed for end in tubes.ends)
 
 
-def kv_receiver(peers: Cluster, room: ReceiveRoom) -> ZmqKVReceiver:
-    """SGLang's receiver of that request."""
+def kv_receiver(peers: Cluster, room: ReceiveRoom | None) -> ZmqKVReceiver:
+    """SGLang's receiver of that request; without one, of a request that waits for memory."""
     receiver = object.__new__(ZmqKVReceiver)
     failures: dict[int, str] = {}
     receiver.kv_mgr = SimpleNamespace(  # type: ignore[assignment]
@@ -95,10 +109,15 @@ def kv_receiver(peers: Cluster, room: ReceiveRoom) -> ZmqKVReceiver:
         record_failure=failures.__setitem__,
         update_status=lambda room, status: None,
         prefill_info_table={"127.0.0.1:1": None},
+        addr_to_rooms_tracker={"127.0.0.1:1": set()},
+        request_status={},
+        required_prefill_response_num_table={},
+        prefill_response_tracker={},
         reasons=Reasons(None),
     )
-    receiver.bootstrap_room, receiver.bootstrap_addr, receiver.bootstrap_infos = room.room, "127.0.0.1:1", []
-    receiver.conclude_state, receiver.abort_notified, receiver._has_told, receiver._room = None, False, False, room
+    receiver.bootstrap_room, receiver.bootstrap_addr, receiver.bootstrap_infos = 1, "127.0.0.1:1", []
+    receiver.conclude_state, receiver.abort_notified, receiver._has_ended, receiver._room = None, False, False, room
+    receiver._cause = Cause.GIVEN_UP
     return receiver
 
 
@@ -118,6 +137,19 @@ def test_sglang_hears_of_a_failure_when_nothing_comes_any_more() -> None:
         tubes.before_arrival = lambda: True
         assert wait_for(lambda: receiver.poll() == KVPoll.Failed)
         assert not decode.is_arriving
+
+
+def test_a_request_that_fails_while_it_waits_for_memory_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Cause] = []
+    with cluster() as peers:
+        monkeypatch.setattr(peers.receiver.observer, "failed", lambda room, cause, reason: counted.append(cause))
+        receiver = kv_receiver(peers, None)
+        receiver.kv_mgr.forget_prefill = lambda address: None  # type: ignore[method-assign]
+        receiver._lose_ranks(Failure("Lost the connection to prefill rank 0.", Cause.LOST))
+        assert [receiver.poll(), receiver.poll()] == [KVPoll.Failed] * 2
+        with pytest.raises(KVTransferError, match="Lost the connection"):
+            receiver.failure_exception()
+    assert counted == [Cause.LOST]
 
 
 def test_a_closed_request_has_nothing_come_straight_to_its_pages() -> None:

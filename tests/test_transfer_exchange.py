@@ -105,7 +105,7 @@ def test_a_prefill_rank_that_ends_a_channel_ends_what_waits_for_it(monkeypatch: 
             peers.senders[0].send_pages(request, (0, 8), lambda: np.arange(8), range(3))
         assert wait_for(lambda: bool(decode.fetching and ended.fetching))
         counted: list[int] = []
-        monkeypatch.setattr(peers.receiver._observer, "failed", lambda number, *_: counted.append(number))
+        monkeypatch.setattr(peers.receiver.observer, "failed", lambda number, *_: counted.append(number))
         peers.receiver.give_up(ended)
         peers.senders[0].call(partial(peers.senders[0]._answer_join, room.identity, Join(reason="no memory")))
         assert not received(decode)

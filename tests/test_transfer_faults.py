@@ -30,6 +30,7 @@ from transfer_peers import (
 )
 
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
+from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import SendRoom, SendState
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
@@ -187,11 +188,11 @@ def test_decode_servers_that_stop_at_any_time_between_two_pings_are_noticed() ->
 def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> None:
     with cluster() as peers, child(decode_server, peers.senders[0].port, "expected") as (process, pipe):
         assert pipe.poll(30) and pipe.recv() == "there"
-        assert wait_for(lambda: (1, 0) in peers.senders[0]._early)
+        assert wait_for(lambda: (1, 0) in peers.senders[0].rooms._early)
         strike(process, signal.SIGKILL)
-        assert wait_for(lambda: peers.senders[0]._early[1, 0].reason != "", PROMISE_S)
+        assert wait_for(lambda: peers.senders[0].rooms._early[1, 0].reason != "", PROMISE_S)
         room = peers.senders[0].open(1)
-        assert wait_for(lambda: room.state is SendState.FAILED, 1)
+        assert wait_for(lambda: room.state is SendState.FAILED, 1) and room.cause is Cause.LOST
 
 
 # a prefill server
@@ -201,7 +202,7 @@ def test_a_request_that_comes_after_its_decode_server_died_fails_at_once() -> No
 @pytest.mark.parametrize("stage", ["expected", "asked", "receiving"])
 def test_a_prefill_rank_that_dies_is_noticed(stage: str, fault: signal.Signals) -> None:
     """It is one of two; the other one lives, and answers for its part."""
-    lost: list[str] = []
+    lost: list[Failure] = []
     with cluster() as peers, child(prefill_server) as (process, pipe):
         assert pipe.poll(30)
         ranks = [("127.0.0.1", pipe.recv()), *peers.addresses]
@@ -218,7 +219,8 @@ def test_a_prefill_rank_that_dies_is_noticed(stage: str, fault: signal.Signals) 
         strike(process, fault)
         check_others_go_on(peers, 2)
         assert wait_for(lambda: bool(lost) if room is None else room.state is ReceiveState.FAILED, PROMISE_S)
-        reason = lost[0] if room is None else room.reason
+        reason, cause = lost[0] if room is None else (room.reason, room.cause)
+        assert cause is Cause.LOST
         assert f"Lost the connection to prefill rank 127.0.0.1:{ranks[0][1]}" in reason
         if room is not None:
             peers.receiver.close(room, reason)
@@ -264,10 +266,10 @@ def test_what_a_stopped_rank_sends_late_changes_nothing() -> None:
 
 
 def test_a_prefill_server_that_gives_up_tells_who_waits_for_memory() -> None:
-    lost: list[str] = []
+    lost: list[Failure] = []
     with cluster(2) as peers:
         peers.receiver.expect(1, peers.addresses, lost.append)
         rooms = [sender.open(1) for sender in peers.senders]
         assert wait_for(lambda: all(room.identity for room in rooms))
         peers.senders[1].close(rooms[1], "The prompt is too long.")
-        assert wait_for(lambda: lost == ["The prompt is too long."])
+        assert wait_for(lambda: lost == [Failure("The prompt is too long.", Cause.PEER)])

@@ -22,6 +22,7 @@ from sglang_apb.transfer.gpu_pages import open_pool
 from sglang_apb.transfer.heads import PagesByHeads, Shares, heads_of
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom
+from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import SendState
 from sglang_apb.transfer.pages import HostPages
 from sglang_apb.transfer.reasons import Reasons
@@ -211,7 +212,7 @@ def test_each_decode_rank_gets_its_heads(
         assert max(sent) - min(sent) <= rows_bytes(1)
         assert sum(sent) == sum(rows_bytes(len(source)) * len(heads) // NUM_HEADS for heads in peers.heads)
         for sender in senders:
-            sender._close("")
+            sender.clear()
     assert "dropped a frame" not in caplog.text
 
 
@@ -238,30 +239,32 @@ def kv_sender(endpoint: SendingEndpoint, reasons: Reasons = ALONE) -> ZmqKVSende
 
 
 def test_a_rank_that_did_not_fail_itself_says_why_another_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be the one that answers the client."""
+    """It may be the one that answers the client, and counts the same cause."""
+    counted: list[Cause] = []
     monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(dp_size=1))
     store = dist.HashStore()
     with servers(2, 1) as peers:
         first, second = (kv_sender(endpoint, Reasons(store)) for endpoint in peers.senders)
         second.kv_mgr.record_failure = second.kv_mgr.failure_records.__setitem__
-        second.refuse("No GPU memory for the prompt.")
+        for sender in peers.senders:
+            monkeypatch.setattr(sender._observer, "failed", lambda room, cause, reason: counted.append(cause))
+        second._fail("No GPU memory for the prompt.", Cause.TIMEOUT)
         assert second.poll() == KVPoll.Failed and first.poll() == KVPoll.Bootstrapping
         for sender, is_from_another in ((first, True), (second, False)):
             with pytest.raises(KVTransferError, match="No GPU memory for the prompt") as error:
                 sender.failure_exception()
             assert error.value.is_from_another_rank == is_from_another
+        assert wait_for(lambda: counted == [Cause.TIMEOUT] * 2)
 
 
 def test_reasons_are_those_of_a_request_and_of_bounded_number() -> None:
     store = dist.HashStore()
     one, another = Reasons(store), Reasons(store)
     for room in range(1000):
-        one.tell(room, f"Reason {room}: it has words.")
+        one.tell(room, Failure(f"Reason {room}: it has words.", Cause.LOST))
     assert store.num_keys() <= 65
-    assert another.find(999) == "Reason 999: it has words."
+    assert another.find(999) == Failure("Reason 999: it has words.", Cause.LOST)
     assert not another.find(1) and not Reasons(dist.HashStore()).find(999) and not ALONE.find(999)
-    one.tell(999, "")
-    assert another.find(999) == "Reason 999: it has words."
 
 
 def test_without_the_ranks_store_a_request_ends_all_the_same() -> None:
@@ -271,7 +274,7 @@ def test_without_the_ranks_store_a_request_ends_all_the_same() -> None:
         raise dist.DistNetworkError("Connection reset by peer")
 
     gone = Reasons(SimpleNamespace(set=fail, check=fail))  # type: ignore[arg-type]
-    gone.tell(1, "No GPU memory for the prompt.")
+    gone.tell(1, Failure("No GPU memory for the prompt."))
     assert not gone.find(1)
 
 
@@ -293,7 +296,7 @@ def test_when_one_decode_rank_is_gone_the_others_hear_of_it() -> None:
         rooms, transfers = ask_one(peers)
         peers.receivers[1].close(rooms[1], "the client is gone")
         assert wait_for(lambda: transfers.state is SendState.FAILED)
-        assert not transfers.is_sending and transfers.reason == "the client is gone"
+        assert not transfers.is_sending and transfers.failure == Failure("the client is gone", Cause.PEER)
         transfers.close("another rank failed")
         assert not received(rooms[0]) and rooms[0].reason == "another rank failed"
 

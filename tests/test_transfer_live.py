@@ -296,7 +296,7 @@ def test_closing_on_prefill_stops_the_decode_server() -> None:
         assert asked(room)
         peers.senders[0].close(room, "Aborted on prefill.")
         assert not received(decode) and decode.reason == "Aborted on prefill."
-        assert not peers.senders[0]._rooms
+        assert not len(peers.senders[0].rooms)
 
 
 def test_a_request_given_up_before_it_was_asked_for() -> None:

@@ -195,7 +195,7 @@ class _TubeEnd:
         assert len(payload) == num_bytes
         arrive(payload)
 
-    def place_of(self, part: range, block: wire.Block, ids: np.ndarray) -> int | None:
+    def address_of(self, part: range, block: wire.Block, ids: np.ndarray) -> int | None:
         if run_of(ids) is None or part != self._heads:
             return None
         self._places.append((part, block, ids))
@@ -205,7 +205,7 @@ class _TubeEnd:
         self,
         slot: int,
         num_bytes: int,
-        place: int | None,
+        address: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
@@ -214,7 +214,7 @@ class _TubeEnd:
         def arrive(payload: bytes) -> None:
             self._arrivals.submit(partial(self._arrive, payload))
 
-        self._coming.append((slot, place, when_over))
+        self._coming.append((slot, address, when_over))
         self._posted.append((num_bytes, arrive))
         when_queued()
 
@@ -223,11 +223,11 @@ class _TubeEnd:
             time.sleep(0.001)
         if self.is_closed:
             return  # `close` has more to say
-        slot, place, when_over = self._coming.popleft()
-        if place is None:
+        slot, address, when_over = self._coming.popleft()
+        if address is None:
             self._slots[slot] = payload
         else:
-            part, block, ids = self._places[place]
+            part, block, ids = self._places[address]
             self._parts.of(part).scatter(block.first_buffer, block.num_buffers, ids, payload)
         when_over(True)
 

@@ -273,6 +273,7 @@ def _router_command(ports: dict[str, int]) -> list[str]:
     command += ["--prefill", prefill_url, str(ports["prefill server's bootstrap"]), "--decode", decode_url]
     command += ["--host", HOST, "--port", str(ports["router"])]
     command += ["--prometheus-host", HOST, "--prometheus-port", str(ports["router's metrics"])]
-    # With one server a side there is no other to retry on, or to turn to when a breaker opens.
-    command += ["--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker"]
+    # With one server a side there is no other to retry on, or to turn to when a breaker opens or one is not healthy:
+    # asked once a minute, one that is back would be missed for two more.
+    command += ["--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
     return [*command, "--worker-startup-check-interval", "1"]

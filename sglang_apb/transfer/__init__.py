@@ -14,7 +14,8 @@
     sending     answers the decode ranks' asks with announce, blocks, aux, end
     outbox, blocks
                 one request: what waits to be sent, and may be read; the frames that bring its pages
-    early       what decode ranks said of requests that are not here yet, or not any more
+    rooms, early
+                a rank's requests; what decode ranks said of those that are not here yet, or not any more
     decode_peers, lives
                 who is connected, how pages get there, and who is alive
     fan_out     one request's transfers to several decode ranks

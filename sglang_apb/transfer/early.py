@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from sglang_apb.transfer.observer import Cause
 from sglang_apb.transfer.wire import Ask, Frame, Kind
 
 MAX_REASON_CHARS = 2000
@@ -16,13 +17,17 @@ Key: TypeAlias = tuple[int, int]  # room, asker
 
 @dataclass(frozen=True)
 class Early:
-    """What a decode rank said of a room. A non-empty `reason` means failure. Of the frame, its body is not kept."""
+    """What a decode rank said of a room. A non-empty `reason` means failure. Of the frame, its body is not kept.
+
+    `cause` is that of a STOP.
+    """
 
     identity: bytes
     frame: Frame
     ask: Ask | None
     reason: str
     expires: float
+    cause: Cause = Cause.PEER
 
     @classmethod
     def of(cls, identity: bytes, frame: Frame, seconds: float, reason: str = "", ask: Ask | None = None) -> Early:

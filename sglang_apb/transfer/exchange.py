@@ -81,9 +81,9 @@ class ReceivingChannel(Protocol):
 
     slot_bytes: int
 
-    def place_of(self, part: range, block: Block, ids: PageIds) -> int | None:
-        """Where to `receive` the heads `part` of a block, for them to be in pages `ids` of the pool then; None if that
-        is no place in one piece.
+    def address_of(self, part: range, block: Block, ids: PageIds) -> int | None:
+        """Where to `receive` the heads `part` of a block, for them to be in pages `ids` of the pool then; None if these
+        are not one piece of memory.
         """
         ...
 
@@ -91,11 +91,11 @@ class ReceivingChannel(Protocol):
         self,
         slot: int,
         num_bytes: int,
-        place: int | None,
+        address: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
-        """Has the next block received, at `place` or, if None, into a slot.
+        """Has the next block received, at `address` or, if None, into a slot.
 
         Once `when_queued` has been called, it may come. `when_over` is always called, with whether it has come, when
         nothing is received there any more, and may `write` what is in the slot. Both are called in threads of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 
-from sglang_apb.transfer.observer import Cause
+from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import IsFinal, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
@@ -46,8 +46,8 @@ class FanOut:
         return min((room.state for room in self.rooms), key=_WORST_FIRST.index)
 
     @property
-    def reason(self) -> str:
-        return next((room.reason for room in self.rooms if room.reason), "")
+    def failure(self) -> Failure | None:
+        return next((Failure(room.reason, room.cause) for room in self.rooms if room.reason), None)
 
     @property
     def is_sending(self) -> bool:

@@ -100,12 +100,12 @@ class Fetcher:
         fetch.asked = time.monotonic()
         self._coming.append(fetch)
         when_queued = partial(self._call, partial(self._send_fetch, frame))
-        place = self.channel.place_of(*what)
-        if place is not None and room.begin_arrival():
+        address = self.channel.address_of(*what)
+        if address is not None and room.begin_arrival():
             when_over = partial(self._end_arrival, fetch, slot)
         else:
-            place, when_over = None, partial(self._take, fetch, slot, partial(self.channel.write, slot, *what))
-        self.channel.receive(slot, fetch.num_bytes, place, when_queued, when_over)
+            address, when_over = None, partial(self._take, fetch, slot, partial(self.channel.write, slot, *what))
+        self.channel.receive(slot, fetch.num_bytes, address, when_queued, when_over)
 
     def _send_fetch(self, frame: list[Buffer]) -> None:
         if not self._is_closed:

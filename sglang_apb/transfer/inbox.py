@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sglang_apb.transfer.assembly import Assembly
 from sglang_apb.transfer.config import ZMQ
 from sglang_apb.transfer.hosts import Address
+from sglang_apb.transfer.observer import Cause
 from sglang_apb.transfer.pages import Pages
 from sglang_apb.transfer.wire import Block, Frame, PageIds, WireError
 
@@ -45,6 +46,7 @@ class ReceiveRoom:
     asker: int = 0
     state: ReceiveState = ReceiveState.RECEIVING
     reason: str = ""
+    cause: Cause = Cause.GIVEN_UP
     closed: bool = False
     lost_rank: bool = False
     data_plane: str = ZMQ

@@ -254,19 +254,19 @@ class NcclReceiver(_Channel):
         self._until_abort: list[Callable[[], None]] = []
         super().__init__(*arguments, **side)
 
-    def place_of(self, part: range, block: Block, ids: PageIds) -> int | None:
+    def address_of(self, part: range, block: Block, ids: PageIds) -> int | None:
         return self._side.straight(part, block, ids)
 
     def receive(
         self,
         slot: int,
         num_bytes: int,
-        place: int | None,
+        address: int | None,
         when_queued: Callable[[], None],
         when_over: Callable[[bool], None],
     ) -> None:
-        address = self._slots[slot].data_ptr() if place is None else place
-        self._calls.submit(partial(self._receive, address, num_bytes, when_queued, when_over))
+        target = self._slots[slot].data_ptr() if address is None else address
+        self._calls.submit(partial(self._receive, target, num_bytes, when_queued, when_over))
 
     def write(self, slot: int, part: range, block: Block, ids: PageIds) -> None:
         with torch.cuda.device(self._device):

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from sglang_apb import metrics
 
@@ -24,6 +25,13 @@ class Cause(Enum):
     TIMEOUT = "timeout"
     INCOMPLETE = "incomplete"
     ERROR = "error"
+
+
+class Failure(NamedTuple):
+    """`reason` is for the client, `cause` for the metric."""
+
+    reason: str
+    cause: Cause = Cause.GIVEN_UP
 
 
 @dataclass

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from sglang_apb.transfer import wire
 from sglang_apb.transfer.exchange import Held
+from sglang_apb.transfer.observer import Cause
 from sglang_apb.transfer.wire import Ask, Block, Buffer
 
 # None: there are more, and not now.
@@ -52,6 +53,7 @@ class SendRoom:
     asker: int = 0
     state: SendState = SendState.UNASKED
     reason: str = ""
+    cause: Cause = Cause.GIVEN_UP
     ask: Ask | None = None
     attempt: int = 0
     identity: bytes = b""

@@ -9,6 +9,8 @@ import contextlib
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from sglang_apb.transfer.observer import Cause, Failure
+
 # Those of more requests are not kept: a rank asks for one as soon as it hears that the request has failed.
 _NUM_KEPT = 64
 
@@ -25,22 +27,22 @@ class Reasons:
         has_others = dist.is_initialized() and dist.get_world_size() > 1
         return cls(_get_default_store() if has_others else None)
 
-    def tell(self, room: int, reason: str) -> None:
-        if self._store is None or not reason:
+    def tell(self, room: int, failure: Failure) -> None:
+        if self._store is None:
             return
         with contextlib.suppress(Exception):  # a store that is gone must not end SGLang's scheduler
-            self._store.set(_key(room), f"{room} {reason}")
+            self._store.set(_key(room), f"{room} {failure.cause.name} {failure.reason}")
             self._store.check([_key(room)])  # answered when it is there: `set` itself does not wait
 
-    def find(self, room: int) -> str:
-        """Empty when no rank has told."""
+    def find(self, room: int) -> Failure | None:
+        """None when no rank has told."""
         if self._store is None:
-            return ""
+            return None
         with contextlib.suppress(Exception):
             if self._store.check([_key(room)]):
-                of, _, reason = self._store.get(_key(room)).decode().partition(" ")
-                return reason if of == str(room) else ""
-        return ""
+                of, cause, reason = self._store.get(_key(room)).decode().split(" ", 2)
+                return Failure(reason, Cause[cause]) if of == str(room) else None
+        return None
 
 
 def _key(room: int) -> str:

@@ -15,6 +15,9 @@ from sglang_apb.transfer.heads import Shares
 from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.manager import ZmqKVManager
+from sglang_apb.transfer.observer import Cause, Failure
+
+_ON_ANOTHER_RANK = Failure("The request failed on another decode rank.")
 
 
 class ZmqKVReceiver(CommonKVReceiver):
@@ -29,7 +32,8 @@ class ZmqKVReceiver(CommonKVReceiver):
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
         self._room: ReceiveRoom | None = None
         self._shares: Shares | None = None
-        self._has_told = False
+        self._cause = Cause.GIVEN_UP
+        self._has_ended = False
 
     @property
     def num_bytes(self) -> int:
@@ -54,14 +58,14 @@ class ZmqKVReceiver(CommonKVReceiver):
     def init(self, prefill_dp_rank: int) -> None:
         if refusal := self.kv_mgr.refusals.get(self.bootstrap_addr):
             self.kv_mgr.forget_prefill(self.bootstrap_addr)  # it may have been restarted when the next request comes
-            self._fail(refusal)
+            self._fail(refusal, Cause.MISFIT)
             return
         super().init(prefill_dp_rank)
         if self.conclude_state is None and self.bootstrap_infos:
             try:
                 self._shares = self.kv_mgr.shares(self.prefill_info, [info["tp_rank"] for info in self.bootstrap_infos])
             except ValueError as error:
-                self._fail(str(error))
+                self._fail(str(error), Cause.MISFIT)
                 return
             asker = self._shares.asker
             self.kv_mgr.receiving.expect(self.bootstrap_room, self._ranks(), self._lose_ranks, asker)
@@ -75,7 +79,7 @@ class ZmqKVReceiver(CommonKVReceiver):
     ) -> None:
         """Asks all prefill ranks for the request's KV, which goes to pages `kv_indices` of the pool."""
         if self.bootstrap_infos is None or aux_index is None:
-            self._fail(f"Could not find the prefill ranks of {self.bootstrap_addr}.")
+            self._fail(f"Could not find the prefill ranks of {self.bootstrap_addr}.", Cause.ERROR)
             return
         try:
             self._room = self.kv_mgr.receiving.open(
@@ -87,18 +91,16 @@ class ZmqKVReceiver(CommonKVReceiver):
                 self._shares,
             )
         except ValueError as error:
-            self._fail(str(error))
+            self._fail(str(error), Cause.MISFIT)
             return
         self.init_time = time.time()
 
     def poll(self) -> int:
         status = self._poll() if self.conclude_state is None else self.conclude_state
-        if status == KVPoll.Failed and not self._has_told:
-            self._has_told = True
-            reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "")
-            self.kv_mgr.reasons.tell(self.bootstrap_room, reason)
-            if self._room is not None:
-                self.kv_mgr.receiving.give_up(self._room, reason)
+        if status == KVPoll.Failed and not self._has_ended:
+            if own := self._own_failure():
+                self.kv_mgr.reasons.tell(self.bootstrap_room, own)
+            self._end(own or Failure(""))
         if status == KVPoll.Failed and self._room is not None and self._room.is_arriving:
             return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
         return status
@@ -113,16 +115,20 @@ class ZmqKVReceiver(CommonKVReceiver):
 
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
-        own = self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        reason = own or self.kv_mgr.reasons.find(self.bootstrap_room) or "The request failed on another decode rank."
-        self._close(reason)
+        own = self._own_failure()
+        self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
+        failure = own or self.kv_mgr.reasons.find(self.bootstrap_room) or _ON_ANOTHER_RANK
+        self._end(failure)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, reason, is_from_another_rank=not own)
+        raise KVTransferError(self.bootstrap_room, failure.reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
         super().clear()
         self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
-        self._close("")
+        if self._room is not None:
+            self.kv_mgr.receiving.close(self._room)
+        else:
+            self.kv_mgr.receiving.expect_no_more(self.bootstrap_room)
 
     def abort(self) -> None:
         super().abort()
@@ -135,19 +141,36 @@ class ZmqKVReceiver(CommonKVReceiver):
             self.prefill_info = room.assembly.info
             return KVPoll.Success
         if room.state is ReceiveState.FAILED:
-            self._fail(room.reason)
+            self._fail(room.reason, room.cause)
             if room.lost_rank:
                 self.kv_mgr.forget_prefill(self.bootstrap_addr)
             return KVPoll.Failed
         timed_out = self._check_waiting_timeout()
-        return KVPoll.WaitingForInput if timed_out is None else timed_out
+        if timed_out is None:
+            return KVPoll.WaitingForInput
+        self._cause = Cause.TIMEOUT
+        return timed_out
 
-    def _lose_ranks(self, reason: str) -> None:
+    def _lose_ranks(self, failure: Failure) -> None:
         """A prefill rank is gone while this request waits for KV memory. Called by the endpoint's thread."""
         self.kv_mgr.forget_prefill(self.bootstrap_addr)
-        self._fail(reason)
+        self._fail(*failure)
 
-    def _fail(self, reason: str) -> None:
+    def _end(self, failure: Failure) -> None:
+        """Nothing is asked for any more; counted once."""
+        if self._room is not None:
+            self.kv_mgr.receiving.give_up(self._room, *failure)
+        elif not self._has_ended:
+            self.kv_mgr.receiving.observer.failed(self.bootstrap_room, failure.cause, failure.reason)
+        self._has_ended = True
+
+    def _own_failure(self) -> Failure | None:
+        """None if it did not fail on this rank."""
+        reason = self.kv_mgr.failure_records.get(self.bootstrap_room)
+        return Failure(reason, self._cause) if reason else None
+
+    def _fail(self, reason: str, cause: Cause) -> None:
+        self._cause = cause
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
         self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         self.conclude_state = KVPoll.Failed
@@ -163,9 +186,3 @@ class ZmqKVReceiver(CommonKVReceiver):
             self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason, asker=asker)
         else:
             self.kv_mgr.receiving.give_up(self._room, reason)
-
-    def _close(self, reason: str) -> None:
-        if self._room is not None:
-            self.kv_mgr.receiving.close(self._room, reason)
-        else:
-            self.kv_mgr.receiving.expect_no_more(self.bootstrap_room)

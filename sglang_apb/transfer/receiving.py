@@ -27,7 +27,7 @@ from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.keys import Keys
 from sglang_apb.transfer.loop import SocketLoop, buffers, keep_freed_memory, receive
-from sglang_apb.transfer.observer import Cause, Observer
+from sglang_apb.transfer.observer import Cause, Failure, Observer
 from sglang_apb.transfer.pages import HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.prefill_peer import MAX_FRAMES_A_TURN, PrefillPeer
 from sglang_apb.transfer.ways import ZMQ_ONLY, Ways
@@ -50,7 +50,7 @@ class _Expected:
     """A request that waits for KV memory, before its transfer is opened."""
 
     ranks: tuple[Address, ...]
-    on_lost: Callable[[str], None]
+    on_lost: Callable[[Failure], None]
 
 
 class ReceivingEndpoint(SocketLoop):
@@ -69,7 +69,7 @@ class ReceivingEndpoint(SocketLoop):
         super().__init__("kv-receiving", keys)
         keep_freed_memory()
         self._ways = ways
-        self._observer = Observer("decode", with_metrics)
+        self.observer = Observer("decode", with_metrics)
         self._pages, self._aux, self._compat, self._heads = pages, aux, compat, heads
         self._parts = PagesByHeads(pages, heads, compat.page_size)
         self._peers: dict[Address, PrefillPeer] = {}
@@ -82,10 +82,12 @@ class ReceivingEndpoint(SocketLoop):
         self.call(self._close_peers)
         super().stop()
 
-    def expect(self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[str], None], asker: int = 0) -> None:
+    def expect(
+        self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[Failure], None], asker: int = 0
+    ) -> None:
         """Tells the ranks that they will be asked for a room, and watches them until it is opened.
 
-        When one of them is gone, or gives the room up, `on_lost` is called with the reason, in this endpoint's thread.
+        When one of them is gone, or gives the room up, `on_lost` is called with why, in this endpoint's thread.
         """
         ranks = _addresses(ranks)
         with self._lock:
@@ -131,7 +133,7 @@ class ReceivingEndpoint(SocketLoop):
             self.call(partial(self._send, address, wire.pack_message(ask, room, attempt, shares.asker)))
         return opened
 
-    def give_up(self, room: ReceiveRoom, reason: str = "") -> None:
+    def give_up(self, room: ReceiveRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room. Once nothing `is_arriving` there, its pages are never written again. For any thread."""
         with room.lock:
             if room.closed:
@@ -141,16 +143,16 @@ class ReceivingEndpoint(SocketLoop):
             del self._rooms[room.room]
         told = reason or "The decode server gave the request up."
         if room.state is ReceiveState.RECEIVING:
-            self._observer.failed(room.room, Cause.GIVEN_UP, told)
+            self.observer.failed(room.room, cause, told)
         if room.state is not ReceiveState.COMPLETE:
             self.refuse(room.room, room.ranks, told, room.attempt, room.asker)
 
-    def close(self, room: ReceiveRoom, reason: str = "") -> None:
+    def close(self, room: ReceiveRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """The same, and waits: when this returns, its pages are never written again. Not for this endpoint's thread.
 
         A channel over which nothing has arrived meanwhile is ended, and what is on its way with it: the rank hangs.
         """
-        self.give_up(room, reason)
+        self.give_up(room, reason, cause)
         while not room.wait_for_arrivals(ARRIVAL_GRACE_S):
             self.call(partial(self._end_stuck_channels, room))
 
@@ -181,7 +183,7 @@ class ReceivingEndpoint(SocketLoop):
                 fail=self._fail_room,
                 lose=partial(self._lose, address),
             )
-            self._observer.has_peers(len(self._peers))
+            self.observer.has_peers(len(self._peers))
         return peer
 
     def _lose(self, address: Address, reason: str) -> None:
@@ -189,7 +191,7 @@ class ReceivingEndpoint(SocketLoop):
         peer = self._peers.pop(address, None)
         if peer is not None:
             peer.close()
-            self._observer.has_peers(len(self._peers))
+            self.observer.has_peers(len(self._peers))
         with self._lock:
             affected = [room for room in self._rooms.values() if address in room.ranks]
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
@@ -198,7 +200,7 @@ class ReceivingEndpoint(SocketLoop):
                 room.lost_rank = True
                 self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
-            self._disappoint(room_id, reason)
+            self._disappoint(room_id, Failure(reason, Cause.LOST))
 
     def _fail_room(self, room: ReceiveRoom, reason: str) -> None:
         with room.lock:
@@ -209,11 +211,11 @@ class ReceivingEndpoint(SocketLoop):
         for peer in self._peers.values():
             peer.close()
 
-    def _disappoint(self, room: int, reason: str) -> None:
+    def _disappoint(self, room: int, failure: Failure) -> None:
         with self._lock:
             expected = self._expected.pop(room, None)
         if expected is not None:
-            expected.on_lost(reason)
+            expected.on_lost(failure)
 
     def _receive_some(self, peer: PrefillPeer) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -222,7 +224,7 @@ class ReceivingEndpoint(SocketLoop):
             try:
                 self._dispatch(peer, wire.parse(buffers(parts)))
             except WireError as error:
-                self._observer.refused_frame(str(peer.address), error)
+                self.observer.refused_frame(str(peer.address), error)
 
     def _dispatch(self, peer: PrefillPeer, frame: Frame) -> None:
         if frame.kind is Kind.PING:
@@ -233,7 +235,7 @@ class ReceivingEndpoint(SocketLoop):
         with self._lock:
             room, expected = self._rooms.get(frame.room), self._expected.get(frame.room)
         if expected is not None and frame.kind is Kind.STOP and peer.address in expected.ranks:
-            self._disappoint(frame.room, wire.parse_message(frame, Stop).reason)
+            self._disappoint(frame.room, Failure(wire.parse_message(frame, Stop).reason, Cause.PEER))
             return
         if room is None or room.attempt != frame.attempt or peer.address not in room.ranks:
             logger.debug("KV transfer: ignored %s for room %d: not open", frame.kind.name, frame.room)
@@ -357,7 +359,7 @@ class ReceivingEndpoint(SocketLoop):
             try:
                 self._dispatch(peer, frame)
             except WireError as error:
-                self._observer.refused_frame(str(peer.address), error)
+                self.observer.refused_frame(str(peer.address), error)
 
     def _take_aux(self, room: ReceiveRoom, rank: int, frame: Frame) -> None:
         payload, expected = frame.payload or b"", sum(self._aux.item_lens)
@@ -371,10 +373,10 @@ class ReceivingEndpoint(SocketLoop):
         self._aux.scatter(0, len(self._aux.item_lens), row, room.assembly.aux or b"")
         room.finished = time.monotonic()
         room.state = ReceiveState.COMPLETE
-        self._observer.ended(room.room, room.assembly.num_bytes, room.assembly.num_hidden_bytes, room.seconds)
+        self.observer.ended(room.room, room.assembly.num_bytes, room.assembly.num_hidden_bytes, room.seconds)
 
     def _fail(self, room: ReceiveRoom, reason: str, cause: Cause) -> None:
         if room.state is ReceiveState.RECEIVING:
-            self._observer.failed(room.room, cause, reason)
-            room.reason = reason
+            self.observer.failed(room.room, cause, reason)
+            room.reason, room.cause = reason, cause
             room.state = ReceiveState.FAILED

@@ -16,12 +16,13 @@ from sglang.srt.disaggregation.utils import _get_cp_rank_page_bounds
 from sglang_apb.transfer import ownership
 from sglang_apb.transfer.fan_out import FanOut
 from sglang_apb.transfer.manager import ZmqKVManager
-from sglang_apb.transfer.observer import Cause
+from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import IsFinal, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
 from sglang_apb.transfer.wire import check_info
 
+_ON_ANOTHER_RANK = Failure("The request failed on another prefill rank.")
 _POLL = {
     SendState.UNASKED: KVPoll.Bootstrapping,
     SendState.ASKED: KVPoll.WaitingForInput,
@@ -54,6 +55,7 @@ class ZmqKVSender(CommonKVSender):
         self._announced = False
         self._streamed: set[int] = set()
         self._last_send = 0.0
+        self._cause = Cause.GIVEN_UP
         self._has_told = False
         self._transfers = FanOut(mgr.sending, bootstrap_room)
 
@@ -134,9 +136,9 @@ class ZmqKVSender(CommonKVSender):
 
     def poll(self) -> int:
         status = self._poll() if self.conclude_state is None else self.conclude_state
-        if status == KVPoll.Failed and not self._has_told:
+        if status == KVPoll.Failed and not self._has_told and (own := self._own_failure()):
             self._has_told = True
-            self.kv_mgr.reasons.tell(self.bootstrap_room, self._reason())
+            self.kv_mgr.reasons.tell(self.bootstrap_room, own)
         return status
 
     def _poll(self) -> int:
@@ -145,6 +147,7 @@ class ZmqKVSender(CommonKVSender):
         self._transfers.wait_for_others()
         status = _POLL[self._transfers.state]
         if status == KVPoll.Bootstrapping and (self._was_left_alone() or self._check_bootstrap_timeout() is not None):
+            self._cause = Cause.TIMEOUT
             return KVPoll.Failed
         if status == KVPoll.WaitingForInput and self._announced:
             status = self._check_transfer_timeout()
@@ -154,20 +157,20 @@ class ZmqKVSender(CommonKVSender):
 
     def failure_exception(self) -> None:
         self.conclude_state = KVPoll.Failed
-        own = self._reason()
+        own = self._own_failure()
         self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        reason = own or self.kv_mgr.reasons.find(self.bootstrap_room) or "The request failed on another prefill rank."
-        self._close(reason)
+        failure = own or self.kv_mgr.reasons.find(self.bootstrap_room) or _ON_ANOTHER_RANK
+        self._transfers.close(*failure)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, reason, is_from_another_rank=not own)
+        raise KVTransferError(self.bootstrap_room, failure.reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
         super().clear()
-        self._close("")
+        self._transfers.close("")
 
     def abort(self) -> None:
         super().abort()
-        self._close("The request was aborted on the prefill server.")
+        self._transfers.close("The request was aborted on the prefill server.")
 
     def get_transfer_metric(self) -> KVTransferMetric:
         return KVTransferMetric(transfer_latency_s=self.seconds, transfer_total_bytes=self.num_bytes)
@@ -207,7 +210,8 @@ class ZmqKVSender(CommonKVSender):
             return True
         self._fail(
             f"The prompt has {self.num_kv_indices} pages to send on the prefill server, the decode server "
-            f"waits for {asked}: start both with the same model, tokenizer and chat template."
+            f"waits for {asked}: start both with the same model, tokenizer and chat template.",
+            Cause.MISFIT,
         )
         return False
 
@@ -233,15 +237,13 @@ class ZmqKVSender(CommonKVSender):
 
     def _fail(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
         self.kv_mgr.record_failure(self.bootstrap_room, reason)
-        self.conclude_state = KVPoll.Failed
-        self._close(reason, cause)
-
-    def _reason(self) -> str:
-        """Why it failed on this rank; empty if it did not."""
-        return self.kv_mgr.failure_records.get(self.bootstrap_room) or self._transfers.reason
-
-    def _close(self, reason: str, cause: Cause = Cause.GIVEN_UP) -> None:
+        self.conclude_state, self._cause = KVPoll.Failed, cause
         self._transfers.close(reason, cause)
+
+    def _own_failure(self) -> Failure | None:
+        """None if it did not fail on this rank."""
+        reason = self.kv_mgr.failure_records.get(self.bootstrap_room)
+        return Failure(reason, self._cause) if reason else self._transfers.failure
 
     def _take_is_final(self) -> IsFinal:
         """SGLang sends a cached prefix before the batch that may be writing it has ended, with this event."""

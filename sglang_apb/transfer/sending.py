@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from sglang_apb.transfer import blocks, wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import Memory, MemoryServer
-from sglang_apb.transfer.early import Early, EarlyTable, Key
+from sglang_apb.transfer.early import Early
 from sglang_apb.transfer.exchange import Meeting, PrefillEnds
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, find_no_overlap, overlap
@@ -27,6 +26,7 @@ from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages, PageIdsLater, Pages, layer_buffers
+from sglang_apb.transfer.rooms import SendRooms
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, Frame, Join, Kind, Stop, WireError
 
 logger = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ class SendingEndpoint(SocketLoop):
         if keys is not None:
             keys.listen(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
-        self._lock = threading.Lock()
-        self._rooms: dict[Key, SendRoom] = {}
-        self._early = EarlyTable()
-        self._given_up = EarlyTable()
+        self.rooms = SendRooms(early_ask_seconds)
         self._early_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
         self._num_waiting = 0
@@ -100,13 +97,7 @@ class SendingEndpoint(SocketLoop):
 
     def open(self, room: int, asker: int = 0) -> SendRoom:
         """Raises ValueError when the room is open already."""
-        key = room, asker
-        with self._lock:
-            if key in self._rooms:
-                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
-            opened = self._rooms[key] = SendRoom(room, asker)
-            early = self._early.pop(key, None)
-            self._given_up.pop(key, None)
+        opened, early = self.rooms.open(room, asker)
         if early is not None:
             self.call(partial(self._apply, opened, early, was_early=True))
         return opened
@@ -133,13 +124,8 @@ class SendingEndpoint(SocketLoop):
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
         """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
-        with self._lock:
-            if room.closed:
-                return
-            room.closed = True
-            if self._rooms.get(room.key) is room:
-                del self._rooms[room.key]
-        self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
+        if self.rooms.close(room):
+            self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
 
     def work(self) -> int | None:
         if time.monotonic() >= self._next_probe:
@@ -175,13 +161,7 @@ class SendingEndpoint(SocketLoop):
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
         self._peers.forget(identity)
-        with self._lock:
-            rooms = [room for room in self._rooms.values() if room.identity == identity]
-            for key, early in self._early.items():
-                if early.identity == identity:
-                    gone = Frame(Kind.STOP, key[0], 0, asker=key[1])
-                    self._early[key] = Early(b"", gone, None, reason, early.expires)
-        for room in rooms:
+        for room in self.rooms.lose(identity, reason):
             self._fail(room, reason, Cause.LOST)
 
     def _put(self, room: SendRoom, frames: Callable[[], Frames], is_final: IsFinal = always) -> None:
@@ -246,10 +226,8 @@ class SendingEndpoint(SocketLoop):
         if channel is None:
             raise WireError("FETCH without a channel")
         block, num_bytes = wire.parse_fetch(frame, channel.slot_bytes)
-        with self._lock:
-            room = self._rooms.get(frame.key)
-        is_asked = room is not None and (room.identity, room.attempt) == (identity, frame.attempt)
-        held = room.held.get(block) if is_asked and room is not None else None
+        room = self.rooms.find_asked(identity, frame)
+        held = room.held.get(block) if room is not None else None
         if room is None or held is None:
             channel.send_nothing(num_bytes)
         elif held.num_bytes != num_bytes:
@@ -261,9 +239,7 @@ class SendingEndpoint(SocketLoop):
     def _lose_channel(self, identity: bytes, error: str) -> None:
         """Its requests fail; later ones go over ZMQ."""
         reason = f"The channel to the decode server does not work ({error})."
-        with self._lock:
-            rooms = [room for room in self._rooms.values() if room.identity == identity]
-        for room in rooms:
+        for room in self.rooms.of(identity):
             if room.is_sending:
                 self._peers.reply(identity, room.pack(Stop(reason[:2000])))
                 self._fail(room, reason, Cause.ERROR)
@@ -338,13 +314,7 @@ class SendingEndpoint(SocketLoop):
 
     def _settle(self, early: Early) -> None:
         """Applies what a decode server says now, or keeps it until the room is opened here."""
-        key = early.frame.key
-        with self._lock:
-            room = self._rooms.get(key)
-            given_up = self._given_up.get(key)
-            if room is None and given_up is None and self._early.is_news(early):
-                self._early.keep(early)
-        reason = early.reason or (given_up.reason if given_up else "")
+        room, reason = self.rooms.settle(early)
         if room is not None:
             self._apply(room, early)
         elif reason and early.frame.kind in (Kind.ASK, Kind.EXPECT):
@@ -359,7 +329,7 @@ class SendingEndpoint(SocketLoop):
         if early.frame.kind is Kind.STOP:
             unasked = room.state is SendState.UNASKED and (was_early or early.frame.attempt == 0)
             if unasked or (room.identity, room.attempt) == (early.identity, early.frame.attempt):
-                self._fail(room, early.reason or "The decode server gave the request up.", Cause.PEER)
+                self._fail(room, early.reason or "The decode server gave the request up.", early.cause)
             return
         if room.state is not SendState.UNASKED or room.closed:
             logger.warning("KV transfer: dropped a second ask for room %d", room.room)
@@ -372,11 +342,8 @@ class SendingEndpoint(SocketLoop):
             room.state = SendState.ASKED
 
     def _complete(self, identity: bytes, frame: Frame) -> None:
-        with self._lock:
-            room = self._rooms.get(frame.key)
-        if room is None or (room.identity, room.attempt) != (identity, frame.attempt):
-            return
-        if room.state is SendState.ASKED:
+        room = self.rooms.find_asked(identity, frame)
+        if room is not None and room.state is SendState.ASKED:
             if room.is_offered:  # until here they were this request's: `close` comes before they are freed
                 self._peers.reply(identity, wire.pack(Kind.KEPT, room.room, room.attempt, asker=room.asker))
             room.finished = time.monotonic()
@@ -390,19 +357,11 @@ class SendingEndpoint(SocketLoop):
             if room.identity:
                 self._peers.reply(room.identity, room.pack(Stop(reason[:2000])))
         if room.state in (SendState.UNASKED, SendState.FAILED):
-            self._give_up(room, room.reason or reason)
-
-    def _give_up(self, room: SendRoom, reason: str) -> None:
-        """Who asks for a room that is gone, perhaps over a new connection, is told why."""
-        gone = Frame(Kind.STOP, room.room, 0, asker=room.asker)
-        given_up = Early.of(b"", gone, self._early_seconds, reason)
-        with self._lock:
-            if room.key not in self._rooms:
-                self._given_up.keep(given_up)
+            self.rooms.give_up(room, room.reason or reason)
 
     def _fail(self, room: SendRoom, reason: str, cause: Cause) -> None:
         if room.state in (SendState.ASKED, SendState.UNASKED):
             self._observer.failed(room.room, cause, reason)
-            room.reason = reason
+            room.reason, room.cause = reason, cause
             room.state = SendState.FAILED
         room.clear()

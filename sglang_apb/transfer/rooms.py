@@ -1,0 +1,87 @@
+"""Prefill side: the transfers of one rank, those that decode ranks have spoken of already, and those of the past."""
+
+from __future__ import annotations
+
+import threading
+
+from sglang_apb.transfer.early import Early, EarlyTable, Key
+from sglang_apb.transfer.observer import Cause
+from sglang_apb.transfer.outbox import SendRoom
+from sglang_apb.transfer.wire import Frame, Kind
+
+
+class SendRooms:
+    """For any thread. What is kept of requests that are not open lasts for `early_seconds`."""
+
+    def __init__(self, early_seconds: float):
+        self._early_seconds = early_seconds
+        self._lock = threading.Lock()
+        self._open: dict[Key, SendRoom] = {}
+        self._early = EarlyTable()
+        self._given_up = EarlyTable()
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def open(self, room: int, asker: int) -> tuple[SendRoom, Early | None]:
+        """With what was said of it before. Raises ValueError when it is open already."""
+        key = room, asker
+        with self._lock:
+            if key in self._open:
+                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
+            opened = self._open[key] = SendRoom(room, asker)
+            self._given_up.pop(key, None)
+            return opened, self._early.pop(key, None)
+
+    def close(self, room: SendRoom) -> bool:
+        """False when it was closed already."""
+        with self._lock:
+            if room.closed:
+                return False
+            room.closed = True
+            if self._open.get(room.key) is room:
+                del self._open[room.key]
+            return True
+
+    def find(self, key: Key) -> SendRoom | None:
+        with self._lock:
+            return self._open.get(key)
+
+    def find_asked(self, identity: bytes, frame: Frame) -> SendRoom | None:
+        """That of a frame, if this is who asked for it, and in this attempt."""
+        room = self.find(frame.key)
+        return room if room is not None and (room.identity, room.attempt) == (identity, frame.attempt) else None
+
+    def of(self, identity: bytes) -> list[SendRoom]:
+        """Those of a decode rank."""
+        with self._lock:
+            return [room for room in self._open.values() if room.identity == identity]
+
+    def lose(self, identity: bytes, reason: str) -> list[SendRoom]:
+        """Those of a decode rank that is gone. What it was going to ask for fails when it is opened."""
+        with self._lock:
+            for key, early in self._early.items():
+                if early.identity == identity:
+                    gone = Frame(Kind.STOP, key[0], 0, asker=key[1])
+                    self._early[key] = Early(b"", gone, None, reason, early.expires, Cause.LOST)
+        return self.of(identity)
+
+    def settle(self, early: Early) -> tuple[SendRoom | None, str]:
+        """The room that something is said of, or, if it is not open, why it will not be, empty if it may be: then what
+        was said is kept until it is.
+        """
+        key = early.frame.key
+        with self._lock:
+            room, given_up = self._open.get(key), self._given_up.get(key)
+            if room is None and given_up is None and self._early.is_news(early):
+                self._early.keep(early)
+        return room, early.reason or (given_up.reason if given_up else "")
+
+    def give_up(self, room: SendRoom, reason: str) -> None:
+        """Who asks for a room that is gone, perhaps over a new connection, is told why."""
+        gone = Frame(Kind.STOP, room.room, 0, asker=room.asker)
+        given_up = Early.of(b"", gone, self._early_seconds, reason)
+        with self._lock:
+            if room.key not in self._open:
+                self._given_up.keep(given_up)
