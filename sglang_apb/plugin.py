@@ -41,6 +41,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         row_chunks,
         scheduling,
         transfer_backend,
+        waiting_for_memory,
     )
     from sglang_apb.patches.server_args import options_of
     from sglang_apb.platform import is_portable_cpu
@@ -64,7 +65,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         if our_transfer and options.sp_size > 1:
             wanted += kv_ownership.PATCHES
     if our_transfer and server_args.disaggregation_mode == "decode":
-        wanted += pd_decode.PATCHES
+        wanted += (*pd_decode.PATCHES, *waiting_for_memory.PATCHES)
     if options.is_set or our_transfer:
         wanted += (*request_checks.PATCHES, *answer_metadata.PATCHES)
     return wanted

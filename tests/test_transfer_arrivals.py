@@ -117,7 +117,7 @@ def kv_receiver(peers: Cluster, room: ReceiveRoom | None) -> ZmqKVReceiver:
     )
     receiver.bootstrap_room, receiver.bootstrap_addr, receiver.bootstrap_infos = 1, "127.0.0.1:1", []
     receiver.conclude_state, receiver.abort_notified, receiver._has_ended, receiver._room = None, False, False, room
-    receiver._cause = Cause.GIVEN_UP
+    receiver._cause, receiver._lost, receiver.init_time = Cause.GIVEN_UP, None, None
     return receiver
 
 
@@ -146,10 +146,27 @@ def test_a_request_that_fails_while_it_waits_for_memory_is_counted(monkeypatch: 
         receiver = kv_receiver(peers, None)
         receiver.kv_mgr.forget_prefill = lambda address: None  # type: ignore[method-assign]
         receiver._lose_ranks(Failure("Lost the connection to prefill rank 0.", Cause.LOST))
+        assert receiver.is_lost and receiver.conclude_state is None
         assert [receiver.poll(), receiver.poll()] == [KVPoll.Failed] * 2
         with pytest.raises(KVTransferError, match="Lost the connection"):
             receiver.failure_exception()
     assert counted == [Cause.LOST]
+
+
+@pytest.mark.parametrize(("status", "cause"), [(KVPoll.WaitingForInput, Cause.TIMEOUT), (KVPoll.Failed, Cause.LOST)])
+def test_what_sglang_fails_is_counted_under_its_cause(
+    status: int, cause: Cause, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its time for a transfer, or when its own heartbeat misses the prefill server."""
+    counted: list[Cause] = []
+    with cluster() as peers:
+        monkeypatch.setattr(peers.receiver.observer, "failed", lambda room, cause, reason: counted.append(cause))
+        receiver = kv_receiver(peers, peers.ask(1, EIGHT))
+        receiver.kv_mgr.check_status = lambda room: status  # type: ignore[method-assign]
+        receiver.kv_mgr.failure_records = {1: "Lost connection with prefill instance."}
+        receiver.kv_mgr.waiting_timeout, receiver.init_time = 0, 0.0
+        assert receiver.poll() == KVPoll.Failed
+    assert counted == [cause]
 
 
 def test_a_closed_request_has_nothing_come_straight_to_its_pages() -> None:

@@ -412,7 +412,7 @@ def test_a_fetch_of_another_size_changes_nothing(monkeypatch: pytest.MonkeyPatch
     """NCCL's send would wait for ever, on the prefill rank's GPU."""
     with connected(tubes=Tubes()) as peers:
         refused: list[str] = []
-        monkeypatch.setattr(peers.senders[0]._observer, "refused_frame", lambda _, error: refused.append(str(error)))
+        monkeypatch.setattr(peers.senders[0].observer, "refused_frame", lambda _, error: refused.append(str(error)))
         decode, room = opened(peers, 1)
         decode.closed = True  # so that the decode rank does not ask for it
         send_owned(peers.senders[0], room, np.arange(8), [(0, 8)], 5)

@@ -19,7 +19,7 @@ Key: TypeAlias = tuple[int, int]  # room, asker
 class Early:
     """What a decode rank said of a room. A non-empty `reason` means failure. Of the frame, its body is not kept.
 
-    `cause` is that of a STOP.
+    `cause` says why, where the frame is a STOP; an ASK that has failed is of a server that does not fit.
     """
 
     identity: bytes

@@ -31,7 +31,8 @@ class FanOut:
         try:
             room = self._endpoint.open(self._room, asker)
         except ValueError as error:
-            room = SendRoom(self._room, asker, SendState.FAILED, str(error))
+            room = SendRoom(self._room, asker, SendState.FAILED, str(error), Cause.ERROR)
+            self._endpoint.observer.failed(self._room, Cause.ERROR, str(error))
         weakref.finalize(self, self._endpoint.close, room).atexit = False
         return room
 

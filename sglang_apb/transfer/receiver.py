@@ -16,6 +16,7 @@ from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.manager import ZmqKVManager
 from sglang_apb.transfer.observer import Cause, Failure
+from sglang_apb.transfer.receiving import UnknownKeyError
 
 _ON_ANOTHER_RANK = Failure("The request failed on another decode rank.")
 
@@ -33,6 +34,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         self._room: ReceiveRoom | None = None
         self._shares: Shares | None = None
         self._cause = Cause.GIVEN_UP
+        self._lost: Failure | None = None
         self._has_ended = False
 
     @property
@@ -61,7 +63,9 @@ class ZmqKVReceiver(CommonKVReceiver):
             self._fail(refusal, Cause.MISFIT)
             return
         super().init(prefill_dp_rank)
-        if self.conclude_state is None and self.bootstrap_infos:
+        if self.conclude_state == KVPoll.Failed:
+            self._cause = Cause.LOST
+        elif self.bootstrap_infos:
             try:
                 self._shares = self.kv_mgr.shares(self.prefill_info, [info["tp_rank"] for info in self.bootstrap_infos])
             except ValueError as error:
@@ -91,7 +95,7 @@ class ZmqKVReceiver(CommonKVReceiver):
                 self._shares,
             )
         except ValueError as error:
-            self._fail(str(error), Cause.MISFIT)
+            self._fail(str(error), Cause.MISFIT if isinstance(error, UnknownKeyError) else Cause.ERROR)
             return
         self.init_time = time.time()
 
@@ -105,9 +109,19 @@ class ZmqKVReceiver(CommonKVReceiver):
             return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
         return status
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it waits for KV memory in vain. Not yet failed: SGLang's ranks have to find out together."""
+        return self._lost is not None and self.conclude_state is None
+
     def _poll(self) -> int:
+        if self._lost is not None:
+            self._fail(*self._lost)
+            return KVPoll.Failed
         status = self.kv_mgr.check_status(self.bootstrap_room)
-        if status != KVPoll.Failed and self._room is not None:
+        if status == KVPoll.Failed:
+            self._cause = Cause.LOST  # by SGLang's heartbeat; whatever else fails it has an end here
+        elif self._room is not None:
             status = self._poll_room(self._room)
         if status in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = status
@@ -133,6 +147,7 @@ class ZmqKVReceiver(CommonKVReceiver):
     def abort(self) -> None:
         super().abort()
         if self.bootstrap_addr not in self.kv_mgr.prefill_info_table:
+            self._cause = Cause.LOST
             reason = f"The prefill server at {self.bootstrap_addr} does not answer."
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
 
@@ -146,15 +161,12 @@ class ZmqKVReceiver(CommonKVReceiver):
                 self.kv_mgr.forget_prefill(self.bootstrap_addr)
             return KVPoll.Failed
         timed_out = self._check_waiting_timeout()
-        if timed_out is None:
-            return KVPoll.WaitingForInput
-        self._cause = Cause.TIMEOUT
-        return timed_out
+        return KVPoll.WaitingForInput if timed_out is None else timed_out
 
     def _lose_ranks(self, failure: Failure) -> None:
         """A prefill rank is gone while this request waits for KV memory. Called by the endpoint's thread."""
         self.kv_mgr.forget_prefill(self.bootstrap_addr)
-        self._fail(*failure)
+        self._lost = failure
 
     def _end(self, failure: Failure) -> None:
         """Nothing is asked for any more; counted once."""
@@ -179,10 +191,12 @@ class ZmqKVReceiver(CommonKVReceiver):
         return [Address(info["rank_ip"], info["rank_port"], info["key"]) for info in self.bootstrap_infos]
 
     def _send_abort_notification(self) -> None:
-        """Called by SGLang on abort and on timeout."""
+        """Called by SGLang on abort, and on timeout, when the request has not ended yet."""
+        if self.conclude_state is None:
+            self._cause = Cause.TIMEOUT
         reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "The request was aborted.")
         if self._room is None:
             asker = self._shares.asker if self._shares else 0
             self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason, asker=asker)
         else:
-            self.kv_mgr.receiving.give_up(self._room, reason)
+            self.kv_mgr.receiving.give_up(self._room, reason, self._cause)

@@ -41,6 +41,10 @@ FETCH_POLL_MS = 100
 ARRIVAL_GRACE_S = 1.0
 
 
+class UnknownKeyError(ValueError):
+    """A prefill rank's key is not among this server's peers."""
+
+
 def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
     return tuple(Address(*rank) for rank in ranks)
 
@@ -110,11 +114,11 @@ class ReceivingEndpoint(SocketLoop):
         """Asks every prefill rank for its part of `pages`; the first-token record goes to row `aux_index`.
 
         Without `shares` each rank has all of this rank's heads, and no other decode rank asks it for them. Raises
-        ValueError when the room is open already, a page is not in the pool, or a rank's key is not allowed.
+        ValueError when the room is open already or a page is not in the pool, UnknownKeyError.
         """
         ranks = _addresses(ranks)
         if self.keys is not None and (strange := next((a for a in ranks if not self.keys.peers.allows(a.key)), None)):
-            raise ValueError(f"The key of prefill rank {strange} is not among this server's peers.")
+            raise UnknownKeyError(f"The key of prefill rank {strange} is not among this server's peers.")
         if len(pages) and not 0 <= int(pages.min()) <= int(pages.max()) < self._pages.num_pages:
             raise ValueError(f"Pages {pages.min()} to {pages.max()} leave [0, {self._pages.num_pages}).")
         shares = shares or Shares(self._heads, (self._heads,) * len(ranks))
@@ -197,8 +201,9 @@ class ReceivingEndpoint(SocketLoop):
             waiting = [room for room, expected in self._expected.items() if address in expected.ranks]
         for room in affected:
             with room.lock:
-                room.lost_rank = True
-                self._fail(room, reason, Cause.LOST)
+                if not room.closed:
+                    room.lost_rank = True
+                    self._fail(room, reason, Cause.LOST)
         for room_id in waiting:
             self._disappoint(room_id, Failure(reason, Cause.LOST))
 
@@ -378,5 +383,5 @@ class ReceivingEndpoint(SocketLoop):
     def _fail(self, room: ReceiveRoom, reason: str, cause: Cause) -> None:
         if room.state is ReceiveState.RECEIVING:
             self.observer.failed(room.room, cause, reason)
-            room.reason, room.cause = reason, cause
+            room.cause, room.reason = cause, reason
             room.state = ReceiveState.FAILED

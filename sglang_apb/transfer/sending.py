@@ -50,7 +50,7 @@ class SendingEndpoint(SocketLoop):
         with_metrics: bool = False,
     ):
         super().__init__("kv-sending", keys)
-        self._observer = Observer("prefill", with_metrics)
+        self.observer = Observer("prefill", with_metrics)
         self._host = host
         self._memory_server: MemoryServer | None = None
         self._socket = self.context.socket(zmq.ROUTER)
@@ -156,7 +156,7 @@ class SendingEndpoint(SocketLoop):
     def _probe(self) -> None:
         for identity, why in self._peers.find_lost():
             self._lose(identity, f"Lost the connection to the decode server ({why}).")
-        self._observer.has_peers(len(self._peers))
+        self.observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
         """Fails what a decode server that is gone had asked for, or was going to."""
@@ -284,7 +284,7 @@ class SendingEndpoint(SocketLoop):
                 )
                 self._settle(Early.of(identity, error.frame, self._early_seconds, reason))
             except WireError as error:
-                self._observer.refused_frame("a decode server", error)
+                self.observer.refused_frame("a decode server", error)
 
     def _dispatch(self, identity: bytes, frame: Frame) -> None:
         if frame.kind is Kind.ASK:
@@ -348,12 +348,12 @@ class SendingEndpoint(SocketLoop):
                 self._peers.reply(identity, wire.pack(Kind.KEPT, room.room, room.attempt, asker=room.asker))
             room.finished = time.monotonic()
             room.state = SendState.DONE
-            self._observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
+            self.observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
 
     def _drop(self, room: SendRoom, reason: str, cause: Cause) -> None:
         room.clear()
         if room.state in (SendState.ASKED, SendState.UNASKED):
-            self._observer.failed(room.room, cause, reason)
+            self.observer.failed(room.room, cause, reason)
             if room.identity:
                 self._peers.reply(room.identity, room.pack(Stop(reason[:2000])))
         if room.state in (SendState.UNASKED, SendState.FAILED):
@@ -361,7 +361,7 @@ class SendingEndpoint(SocketLoop):
 
     def _fail(self, room: SendRoom, reason: str, cause: Cause) -> None:
         if room.state in (SendState.ASKED, SendState.UNASKED):
-            self._observer.failed(room.room, cause, reason)
-            room.reason, room.cause = reason, cause
+            self.observer.failed(room.room, cause, reason)
+            room.cause, room.reason = cause, reason
             room.state = SendState.FAILED
         room.clear()

@@ -1,0 +1,90 @@
+"""Requests that wait for KV memory on a decode server of several ranks, whose prefill server is gone meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import requests
+import torch.distributed as dist
+from asking import prompts
+from conftest import cluster, running, thorough
+from halves import Half, Server, ask_half
+from ranks import run_ranks
+from sglang_apb.patches.waiting_for_memory import _poll_if_one_is_lost
+from test_server_faults import PROMISE_S, schedulers, stopped
+from transfer_peers import wait_for
+
+SHORT, LONG = 300, 2200
+# Decode's pool: holds the long prompt, or one that may grow by HOG_TOKENS, but not both.
+DECODE_TOKENS, HOG_TOKENS, HOG = 3000, 2200, "hog"
+
+
+class Queue(SimpleNamespace):
+    """SGLang's, of requests that wait for memory; for each, whether its prefill rank is lost."""
+
+    @classmethod
+    def of(cls, are_lost: Sequence[bool], group: Any = None) -> Queue:
+        queue = [
+            SimpleNamespace(waiting_for_input=True, kv_receiver=SimpleNamespace(is_lost=lost)) for lost in are_lost
+        ]
+        return cls(queue=queue, gloo_group=group)
+
+    def is_polled(self) -> bool:
+        """SGLang polls all requests when one is not known to wait."""
+        _poll_if_one_is_lost(self, None, None, None)
+        return not all(request.waiting_for_input for request in self.queue)
+
+
+def find_lost(group: Any) -> list[bool]:
+    """The first request is lost on the second rank alone; then none is."""
+    is_second = dist.get_rank() == 1
+    return [Queue.of(are_lost, group).is_polled() for are_lost in ([is_second, False], [False, False], [])]
+
+
+def test_ranks_poll_together_when_one_has_lost_a_request() -> None:
+    assert run_ranks(2, find_lost) == [[True, False, False]] * 2
+
+
+@thorough
+@pytest.mark.server
+def test_all_decode_ranks_hear_at_once_that_prefill_is_gone(
+    tiny: Callable[[str], Path], log_dirs: Iterator[Path]
+) -> None:
+    """Each notices it by itself, and SGLang polls such requests only when one has failed: alone, a rank hangs."""
+    model = tiny("LlamaForCausalLM")
+    short, long = prompts(model, (SHORT, LONG))
+    decode_arguments = ("--tp", "2", "--max-total-tokens", str(DECODE_TOKENS))
+    service = cluster(model, next(log_dirs), 1, arguments=("--enable-metrics",), decode_arguments=decode_arguments)
+    with running(service) as url:
+        port = int(url.rpartition(":")[2])
+        prefill = Server("prefill", f"http://127.0.0.1:{port + 1}", port + 3)
+        decode = Server("decode", f"http://127.0.0.1:{port + 2}")
+        (rank,) = schedulers(service, "prefill")
+        for attempt in range(3):
+            hog = start_hog(decode, prefill, short, room=2 * attempt + 1)
+            waiting = ask_half(decode, prefill, long, 8, room=2 * attempt + 2)
+            assert wait_for(lambda: decode.loads()["num_waiting_reqs"] > 0, 60), waiting.text
+            time.sleep(1)
+            assert waiting.is_alive() and hog.is_alive(), waiting.text + hog.text
+            with stopped(rank):
+                waiting.join(PROMISE_S + 1)
+                assert not waiting.is_alive() and "Lost the connection to prefill rank" in waiting.text, waiting.text
+            requests.post(f"{decode.url}/abort_request", json={"rid": HOG}, timeout=10)
+            hog.join(10)
+            assert not hog.is_alive(), "the decode server hangs"
+            pair = [ask_half(server, prefill, long, 8, room=100 + attempt) for server in (decode, prefill)]
+            for half in pair:
+                half.join(60)
+                assert half.tokens is not None, half.text
+
+
+def start_hog(decode: Server, prefill: Server, prompt: list[int], room: int) -> Half:
+    """A request that decodes for long; returns when it does."""
+    hog = ask_half(decode, prefill, prompt, HOG_TOKENS, room, rid=HOG)
+    ask_half(prefill, prefill, prompt, HOG_TOKENS, room).join(60)
+    return hog
