@@ -57,8 +57,9 @@ FEW, MANY = 8, 160
 STAGES = ("bootstrapping", "waiting", "transferring", "done")
 HOG = "hog"
 FREED_S = 1.5
-# SGLang looks every 4 s whether a client is still there. A batch that is being computed is computed to its end.
-CLIENT_GONE_S = 10.0
+# SGLang looks every 4 s whether a client is still there, and counts anew every 40 steps of decode, 5 s on a slow
+# machine. A batch that is being computed is computed to its end.
+CLIENT_GONE_S = 15.0
 BATCH_S = 10.0
 DELAY_S, LOSS = 0.005, 0.01  # of packets on the link to D1
 AGAIN_S = 15.0
@@ -184,7 +185,8 @@ class Matrix:
             # A server counts anew with each batch: one more request makes it do so.
             gone = wait_for(lambda: self._is_right(self._a, self._d1) and self._num_left() <= left, CLIENT_GONE_S)
             if not gone:
-                row.problems.append(f"{self._num_left()} requests of a router that is gone")
+                left_at = ", ".join(f"{server.name} {server.num_requests()}" for server in (self._a, self._d1))
+                row.problems.append(f"requests of a router that is gone: {left_at}, of which {left} may be")
             row.noticed = time.monotonic() - started
             row.got = struck.decode.outcome(struck.wanted)
             return
