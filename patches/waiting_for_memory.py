@@ -17,10 +17,12 @@ def _poll_if_one_is_lost(self: Any, rids_to_check: Any, pp_good_rids: Any, pp_ba
     """SGLang polls whenever a request is not known to be `waiting_for_input`, and finds out again that it is."""
     if not self.queue or not all(request.waiting_for_input for request in self.queue):
         return  # it does not poll on any rank, or on all
-    is_lost = torch.tensor([any(getattr(request.kv_receiver, "is_lost", False) for request in self.queue)]).int()
+    is_lost = any(getattr(request.kv_receiver, "is_lost", False) for request in self.queue)
     if dist.get_world_size(self.gloo_group) > 1:
-        dist.all_reduce(is_lost, dist.ReduceOp.MAX, group=self.gloo_group)
-    if is_lost.item():
+        on_any_rank = torch.tensor([int(is_lost)])
+        dist.all_reduce(on_any_rank, dist.ReduceOp.MAX, group=self.gloo_group)
+        is_lost = bool(on_any_rank)
+    if is_lost:
         self.queue[0].waiting_for_input = False
 
 

@@ -36,7 +36,19 @@ import tiny_models
 from asking import ALL_PASSED, prompts
 from conftest import FLOAT32
 from far_cluster import IN_NAMESPACE, spread
-from halves import Half, Innocents, Server, Struck, ask_half, body, tcp_received
+from halves import (
+    HANGS_AFTER_S,
+    Half,
+    Innocents,
+    Server,
+    Struck,
+    ask_half,
+    body,
+    end_hog,
+    server_of,
+    start_hog,
+    tcp_received,
+)
 from lossy_link import HERE, THERE, Link
 from soak_servers import left_behind, shared_memory
 from striking import CUT, FAULTS, KILL, STOP, TARGETS, Striker
@@ -55,7 +67,6 @@ TRANSFERRED_LAYERS = 3
 BYTES_A_LAYER = LONG * 2 * 3 * 64 * 4  # K and V, 3 heads of 64 in float32
 FEW, MANY = 8, 160
 STAGES = ("bootstrapping", "waiting", "transferring", "done")
-HOG = "hog"
 FREED_S = 1.5
 # SGLang looks every 4 s whether a client is still there, and counts anew every 40 steps of decode, 5 s on a slow
 # machine. A batch that is being computed is computed to its end.
@@ -64,7 +75,6 @@ BATCH_S = 10.0
 DELAY_S, LOSS = 0.005, 0.01  # of packets on the link to D1
 AGAIN_S = 15.0
 ENDED_S = 10.0  # processes that were killed have gigabytes to give back
-HANGS_AFTER_S = 60.0
 
 
 @dataclass
@@ -98,8 +108,8 @@ class Matrix:
     def __init__(self, model: Path, first: LocalCluster, second: LocalCluster, link: Link | None) -> None:
         self._cluster, self._link = first, link
         prefill_host, far_host = (HERE, THERE) if link else (HOST, HOST)
-        self._a, self._d1 = _server("A", first, 1, prefill_host), _server("D1", first, 2, far_host)
-        self._b, self._d2 = _server("B", second, 1, prefill_host), _server("D2", second, 2, HOST)
+        self._a, self._d1 = server_of(first, 1, "A", prefill_host), server_of(first, 2, "D1", far_host)
+        self._b, self._d2 = server_of(second, 1, "B", prefill_host), server_of(second, 2, "D2")
         self._servers = (self._a, self._b, self._d1, self._d2)
         self._striker = Striker(first, link, {"prefill": self._a.url, "decode": self._d1.url, "router": first.url})
         self._short, self._long = prompts(model, (SHORT, LONG))
@@ -304,27 +314,18 @@ class Matrix:
 
     def _start_hog(self) -> None:
         """Takes so much of D1's memory that the long prompt has to wait."""
-        room = self._random.getrandbits(62)
-        ask = partial(ask_half, prefill=self._b, prompt=self._short, num_tokens=HOG_TOKENS, room=room)
-        ask(self._d1, rid=HOG)
-        ask(self._b).join(HANGS_AFTER_S)
+        start_hog(self._d1, self._b, self._short, HOG_TOKENS, self._random.getrandbits(62))
 
     def _end_hog(self) -> None:
         """Also where there is none, or D1 is gone."""
         with contextlib.suppress(requests.RequestException):
-            requests.post(f"{self._d1.url}/abort_request", json={"rid": HOG}, timeout=10)
+            end_hog(self._d1)
 
     def _abort_all(self) -> None:
         """So that what one case left is not in the next one's way."""
         for server in self._servers:
             with contextlib.suppress(requests.RequestException):
                 requests.post(f"{server.url}/abort_request", json={"abort_all": True}, timeout=10)
-
-
-def _server(name: str, cluster: LocalCluster, offset: int, host: str) -> Server:
-    """LocalCluster's ports follow the router's: prefill, decode, bootstrap."""
-    port = int(cluster.url.rpartition(":")[2])
-    return Server(name, f"http://{host}:{port + offset}", port + 3, host)
 
 
 def _listened_on() -> list[int]:

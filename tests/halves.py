@@ -15,8 +15,10 @@ import requests
 from test_server_faults import value
 from transfer_peers import wait_for
 
-from sglang_apb.commands.servers import HOST
+from sglang_apb.commands.servers import HOST, LocalCluster
 
+HANGS_AFTER_S = 60.0
+_HOG = "hog"
 _CAUSE = re.compile(r"Lost the connection[^.]*(?:\.\d[^.]*)*\.|The request was aborted[^.]*\.|Read\w*|Connection\w*")
 
 
@@ -41,6 +43,12 @@ class Server:
 
     def num_peers(self) -> float:
         return value(requests.get(f"{self.url}/metrics", timeout=10).text, "kv_peers")
+
+
+def server_of(cluster: LocalCluster, offset: int, name: str, host: str = HOST) -> Server:
+    """LocalCluster's ports follow the router's: prefill (1), decode (2), bootstrap."""
+    port = int(cluster.url.rpartition(":")[2])
+    return Server(name, f"http://{host}:{port + offset}", port + 3, host)
 
 
 class Half(threading.Thread):
@@ -113,6 +121,17 @@ def ask_half(
     """`prefill` is who prefills: `server` or the one that sends to it."""
     where = {"bootstrap_host": prefill.host, "bootstrap_port": prefill.bootstrap_port, "bootstrap_room": room}
     return Half(server.url, body(prompt, num_tokens) | where | ({"rid": rid} if rid else {}))
+
+
+def start_hog(decode: Server, prefill: Server, prompt: list[int], num_tokens: int, room: int) -> Half:
+    """A request that takes memory of `decode` for long; returns when it is prefilled."""
+    hog = ask_half(decode, prefill, prompt, num_tokens, room, rid=_HOG)
+    ask_half(prefill, prefill, prompt, num_tokens, room).join(HANGS_AFTER_S)
+    return hog
+
+
+def end_hog(decode: Server) -> None:
+    requests.post(f"{decode.url}/abort_request", json={"rid": _HOG}, timeout=10)
 
 
 def body(prompt: list[int], num_tokens: int) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import requests
 import torch.distributed as dist
 from asking import prompts
 from conftest import cluster, running, thorough
-from halves import Half, Server, ask_half
+from halves import ask_half, end_hog, server_of, start_hog
 from ranks import run_ranks
 from sglang_apb.patches.waiting_for_memory import _poll_if_one_is_lost
 from test_server_faults import PROMISE_S, schedulers, stopped
@@ -21,7 +20,7 @@ from transfer_peers import wait_for
 
 SHORT, LONG = 300, 2200
 # Decode's pool: holds the long prompt, or one that may grow by HOG_TOKENS, but not both.
-DECODE_TOKENS, HOG_TOKENS, HOG = 3000, 2200, "hog"
+DECODE_TOKENS, HOG_TOKENS = 3000, 2200
 
 
 class Queue(SimpleNamespace):
@@ -59,14 +58,12 @@ def test_all_decode_ranks_hear_at_once_that_prefill_is_gone(
     model = tiny("LlamaForCausalLM")
     short, long = prompts(model, (SHORT, LONG))
     decode_arguments = ("--tp", "2", "--max-total-tokens", str(DECODE_TOKENS))
-    service = cluster(model, next(log_dirs), 1, arguments=("--enable-metrics",), decode_arguments=decode_arguments)
-    with running(service) as url:
-        port = int(url.rpartition(":")[2])
-        prefill = Server("prefill", f"http://127.0.0.1:{port + 1}", port + 3)
-        decode = Server("decode", f"http://127.0.0.1:{port + 2}")
+    service = cluster(model, next(log_dirs), 1, decode_arguments=decode_arguments)
+    with running(service):
+        prefill, decode = server_of(service, 1, "prefill"), server_of(service, 2, "decode")
         (rank,) = schedulers(service, "prefill")
         for attempt in range(3):
-            hog = start_hog(decode, prefill, short, room=2 * attempt + 1)
+            hog = start_hog(decode, prefill, short, HOG_TOKENS, room=2 * attempt + 1)
             waiting = ask_half(decode, prefill, long, 8, room=2 * attempt + 2)
             assert wait_for(lambda: decode.loads()["num_waiting_reqs"] > 0, 60), waiting.text
             time.sleep(1)
@@ -74,17 +71,10 @@ def test_all_decode_ranks_hear_at_once_that_prefill_is_gone(
             with stopped(rank):
                 waiting.join(PROMISE_S + 1)
                 assert not waiting.is_alive() and "Lost the connection to prefill rank" in waiting.text, waiting.text
-            requests.post(f"{decode.url}/abort_request", json={"rid": HOG}, timeout=10)
+            end_hog(decode)
             hog.join(10)
             assert not hog.is_alive(), "the decode server hangs"
             pair = [ask_half(server, prefill, long, 8, room=100 + attempt) for server in (decode, prefill)]
             for half in pair:
                 half.join(60)
                 assert half.tokens is not None, half.text
-
-
-def start_hog(decode: Server, prefill: Server, prompt: list[int], room: int) -> Half:
-    """A request that decodes for long; returns when it does."""
-    hog = ask_half(decode, prefill, prompt, HOG_TOKENS, room, rid=HOG)
-    ask_half(prefill, prefill, prompt, HOG_TOKENS, room).join(60)
-    return hog

@@ -151,12 +151,12 @@ class ReceivingEndpoint(SocketLoop):
         if room.state is not ReceiveState.COMPLETE:
             self.refuse(room.room, room.ranks, told, room.attempt, room.asker)
 
-    def close(self, room: ReceiveRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
+    def close(self, room: ReceiveRoom, reason: str = "") -> None:
         """The same, and waits: when this returns, its pages are never written again. Not for this endpoint's thread.
 
         A channel over which nothing has arrived meanwhile is ended, and what is on its way with it: the rank hangs.
         """
-        self.give_up(room, reason, cause)
+        self.give_up(room, reason)
         while not room.wait_for_arrivals(ARRIVAL_GRACE_S):
             self.call(partial(self._end_stuck_channels, room))
 

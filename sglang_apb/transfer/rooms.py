@@ -14,7 +14,7 @@ class SendRooms:
     """For any thread. What is kept of requests that are not open lasts for `early_seconds`."""
 
     def __init__(self, early_seconds: float):
-        self._early_seconds = early_seconds
+        self.early_seconds = early_seconds
         self._lock = threading.Lock()
         self._open: dict[Key, SendRoom] = {}
         self._early = EarlyTable()
@@ -81,7 +81,7 @@ class SendRooms:
     def give_up(self, room: SendRoom, reason: str) -> None:
         """Who asks for a room that is gone, perhaps over a new connection, is told why."""
         gone = Frame(Kind.STOP, room.room, 0, asker=room.asker)
-        given_up = Early.of(b"", gone, self._early_seconds, reason)
+        given_up = Early.of(b"", gone, self.early_seconds, reason)
         with self._lock:
             if room.key not in self._open:
                 self._given_up.keep(given_up)

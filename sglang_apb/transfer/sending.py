@@ -64,7 +64,6 @@ class SendingEndpoint(SocketLoop):
             keys.listen(self._socket)
         self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
         self.rooms = SendRooms(early_ask_seconds)
-        self._early_seconds = early_ask_seconds
         self._busy: deque[SendRoom] = deque()
         self._num_waiting = 0
         self._next_probe = 0.0
@@ -282,7 +281,7 @@ class SendingEndpoint(SocketLoop):
                     f"The decode server speaks wire version {error.version}, the prefill server "
                     f"{wire.VERSION}: install the same version of sglang-apb on both."
                 )
-                self._settle(Early.of(identity, error.frame, self._early_seconds, reason))
+                self._settle(Early.of(identity, error.frame, self.rooms.early_seconds, reason))
             except WireError as error:
                 self.observer.refused_frame("a decode server", error)
 
@@ -292,11 +291,11 @@ class SendingEndpoint(SocketLoop):
             reason = find_difference(self._compat, ask.compat) or find_no_overlap(self._heads, range(*ask.heads))
             # What is kept must be small, whatever was sent: not the frame's body, nor lists that do not fit.
             kept = None if reason else msgspec.structs.replace(ask, compat=self._compat)
-            self._settle(Early.of(identity, frame, self._early_seconds, reason, kept))
+            self._settle(Early.of(identity, frame, self.rooms.early_seconds, reason, kept))
         elif frame.kind is Kind.EXPECT:
-            self._settle(Early.of(identity, frame, self._early_seconds))
+            self._settle(Early.of(identity, frame, self.rooms.early_seconds))
         elif frame.kind is Kind.STOP:
-            self._settle(Early.of(identity, frame, self._early_seconds, wire.parse_message(frame, Stop).reason))
+            self._settle(Early.of(identity, frame, self.rooms.early_seconds, wire.parse_message(frame, Stop).reason))
         elif frame.kind is Kind.DONE:
             self._complete(identity, frame)
         elif frame.kind is Kind.FETCH:
