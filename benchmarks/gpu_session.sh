@@ -8,14 +8,18 @@
 #   layer     a layer by parts, beside exact attention    ttft      servers, plain and APB, 8K to 128K, with traces
 #   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
 #   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation, and a CPU's answers
+#   chats     200 chats with SmolLM2 through a prefill/decode cluster, many at once, against plain SGLang's answers
 #
-# GPUS is 1 if not set. BACKENDS: of plain SGLang, as for `bench ttft`.
+# GPUS is 1 if not set. SHAPE: of ttft and long, llama-3.1-8b if not set; with qwen3-8b on several GPUs plain SGLang's
+# context parallelism is there to compare with. BACKENDS: of plain SGLang, as for `bench ttft`. Servers have SGLang's
+# defaults: prefix cache, overlap, and CUDA graphs, whose capture is a part of each start.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${1:?usage: benchmarks/gpu_session.sh OUT_DIR [STEP ...]}
 shift
 mkdir -p "$out"
 gpus=${GPUS:-1}
+shape=${SHAPE:-llama-3.1-8b}
 bench=(python3 -m sglang_apb.cli bench)
 
 step() {  # name, seconds, command ...
@@ -25,17 +29,17 @@ step() {  # name, seconds, command ...
   echo "== $name: $result, $((SECONDS - started)) s; $(tail -1 "$out/$name.log")"
 }
 
-run_pytest() { step pytest 420 python3 -m pytest -m gpu -q tests; }
+run_pytest() { step pytest 560 python3 -m pytest -m gpu -q tests; }
 run_kernels() {
   step kernels 240 "${bench[@]}" kernels --lengths 32768,131072 --ranks "$gpus" --output "$out/kernels.json"
 }
 run_layer() { step layer 240 "${bench[@]}" layer --lengths 32768,131072 --ranks "$gpus" --output "$out/layer.json"; }
 run_ttft() {
-  step ttft 560 "${bench[@]}" ttft --shape llama-3.1-8b --lengths 8192,32768,131072 --gpus "$gpus" \
+  step ttft 560 "${bench[@]}" ttft --shape "$shape" --lengths 8192,32768,131072 --gpus "$gpus" \
     ${BACKENDS:+--backends "$BACKENDS"} --output "$out/ttft.json" --log-dir "$out/servers" --trace "$out/traces"
 }
 run_long() {
-  step long 560 "${bench[@]}" ttft --shape llama-3.1-8b --lengths "${PREFILL_LENGTHS:-262144}" --gpus "$gpus" \
+  step long 560 "${bench[@]}" ttft --shape "$shape" --lengths "${PREFILL_LENGTHS:-262144}" --gpus "$gpus" \
     ${PREFILL_LENGTHS:+--prefill-only} --backends "" --repeats 2 --output "$out/long.json" --log-dir "$out/servers" \
     -- --attention-backend flashinfer
 }
@@ -45,7 +49,11 @@ run_answers() {
   step answers 560 python3 benchmarks/gpu_check.py "$MODEL" "$out/answers" --ways "$ways" \
     --record "$out/answers.json" --against benchmarks/results/answers-cpu.json -- --attention-backend flashinfer
 }
+run_chats() {
+  step chats 560 python3 benchmarks/cluster_chats.py --model "$MODEL" --sp-size "$gpus" --log-dir "$out/chats" \
+    -- --attention-backend flashinfer
+}
 
-for name in ${@:-pytest kernels layer ttft answers}; do
+for name in ${@:-pytest kernels layer ttft answers chats}; do
   "run_$name"
 done

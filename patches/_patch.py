@@ -9,11 +9,23 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-SGLANG_VERSION = "0.5.17"
+SGLANG_VERSION = "0.5.23"
 
 
 class PatchError(RuntimeError):
     """SGLang is not the one that the patches were written against."""
+
+
+def check_version() -> None:
+    """Raises PatchError when another SGLang is installed than the known one.
+
+    A hook that no longer fits may be accepted and never run: whether patches can be applied says too little.
+    """
+    if version("sglang") != SGLANG_VERSION:
+        raise PatchError(
+            f"sglang-apb knows SGLang {SGLANG_VERSION} and no other, and {version('sglang')} is installed: its options "
+            f"are not there; install sglang=={SGLANG_VERSION}."
+        )
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,11 @@ class Patch:
         try:
             function = pkgutil.resolve_name(self.target)
         except (ImportError, AttributeError, ValueError) as error:
-            raise PatchError(_unknown_sglang(f"{self.target} does not exist")) from error
+            raise PatchError(_altered_sglang(f"{self.target} does not exist")) from error
         plain = inspect.unwrap(getattr(function, "__func__", function))
         found = tuple(inspect.signature(plain).parameters)
         if self.parameters is not None and found != self.parameters:
-            raise PatchError(_unknown_sglang(f"{self.target} takes {found}, not {self.parameters}"))
+            raise PatchError(_altered_sglang(f"{self.target} takes {found}, not {self.parameters}"))
 
 
 def apply(patches: Iterable[Patch]) -> None:
@@ -58,11 +70,11 @@ def apply(patches: Iterable[Patch]) -> None:
     HookRegistry.apply_hooks()
     missing = [patch.target for patch in new if patch.target not in HookRegistry._patched]
     if missing:
-        raise PatchError(_unknown_sglang(f"could not patch {', '.join(missing)}"))
+        raise PatchError(_altered_sglang(f"could not patch {', '.join(missing)}"))
 
 
-def _unknown_sglang(what: str) -> str:
+def _altered_sglang(what: str) -> str:
     return (
-        f"sglang-apb knows SGLang {SGLANG_VERSION}, and {what} in the installed SGLang {version('sglang')}: "
-        f"install sglang=={SGLANG_VERSION}, or remove the sglang-apb options from the command line."
+        f"{what} in the installed SGLang {version('sglang')}, of which sglang-apb knows {SGLANG_VERSION} as it was "
+        f"released: install sglang=={SGLANG_VERSION} anew, or remove the sglang-apb options from the command line."
     )

@@ -1,48 +1,41 @@
-"""Targets: `ModelRunner.load_model`, `get_moe_cp_size`, `adjust_config_with_unaligned_cpu_tp`. Reason: with
-sequence-parallel ranks every rank holds the whole model, while SGLang's layers would each take 1/R of it.
+"""Target: `ModelRunner.load_model`. Reason: with sequence-parallel ranks every rank holds the whole model, while
+SGLang's layers would each take 1/R of it.
 
-The layers read the tensor-parallel size only while they are built, so it is overridden just then.
+The layers read the tensor-parallel size while they are built, and the group of a sum each time that they run: both are
+overridden while the model is loaded and while it runs (`insides.as_one_rank`, by `ParallelContext.override`).
+Official point tried: a context-parallel strategy keeps SGLang's layers on 1/R of their weights, and is taken for every
+request (docs/architecture.md).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
 
 def _load_whole_model(original: Any, self: Any) -> Any:
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    alone = {
-        "tp_size": parallel.attn_tp_size,
-        "tp_rank": parallel.attn_tp_rank,
-        "tp_group": parallel.attn_tp_group,
-        "attn_cp_size": 1,
-        "attn_cp_rank": 0,
-    }
-    with parallel.override(**alone):
-        return original(self)
+    with insides.as_one_rank():
+        result = original(self)
+    for module in (self.model, self.model.model):  # prefill graphs call the inner one
+        module.forward = _alone(module.forward)
+    return result
 
 
-def _keep_heads(original: Any, model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """On a CPU SGLang pads the heads to a multiple of the ranks; each of our ranks has them all."""
-    return original(model_config, load_config, 1)
+def _alone(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """On the model and not on its runner, so that CUDA graphs are captured so, too."""
 
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with insides.as_one_rank():
+            return forward(*args, **kwargs)
 
-def _no_expert_ranks(original: Any) -> int:
-    """Qwen3's layers, dense as they are, divide by it. SGLang reads it off a group that takes in our ranks."""
-    return 1
+    return run
 
 
 PATCHES = (
-    Patch("sglang.srt.layers.dp_attention.get_moe_cp_size", "around", (), _no_expert_ranks),
     Patch("sglang.srt.model_executor.model_runner.ModelRunner.load_model", "around", ("self",), _load_whole_model),
-    Patch(
-        "sglang.srt.configs.update_config.adjust_config_with_unaligned_cpu_tp",
-        "around",
-        ("model_config", "load_config", "tp_size"),
-        _keep_heads,
-    ),
 )

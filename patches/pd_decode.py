@@ -1,14 +1,14 @@
 """Target: `DecodeTransferQueue._commit_transfer_to_req`. Reason: the decode server's answer says how the prefill
-server ran the prompt, how many bytes of KV came, and how many of them while the prefill still ran.
+server ran the prompt, how many bytes of KV came, and how many of them while the prefill still ran. Official point
+tried: what SGLang carries beside KV (its aux buffers) has a fixed layout.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
-
-from sglang_apb.requests import PARAMETER
 
 
 def _keep_report(self: Any, decode_req: Any) -> None:
@@ -24,7 +24,7 @@ def _keep_report(self: Any, decode_req: Any) -> None:
         }
         if "attention_share" in report:  # a text on the wire
             report["attention_share"] = float(report["attention_share"])
-        decode_req.req.customized_info = {PARAMETER: [report]}
+        insides.tell_client(decode_req.req, report)
 
 
 PATCHES = (

@@ -3,7 +3,9 @@
 Reason: SGLang cuts prompts into chunks, leaves a GPU's memory for one chunk's activations beside the KV pool, and lets
 prompts in as long as the pool is large. A sparse prompt runs whole: what its rows take is shared out together with
 the KV that they leave, unless `--mem-fraction-static` says how much the pool gets; and prompts that do not fit are
-refused by their length. What sparse attention takes for itself is taken before that is worked out.
+refused by their length. What sparse attention takes for itself is taken, and what it runs built, before that is worked
+out, and so before the server says that it is ready. Official point tried: SGLang's own reserve for activations
+(`--mem-fraction-static`, `--chunked-prefill-size`) knows one chunk, not a prompt.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of, replicates_kv
 
@@ -26,18 +29,17 @@ logger = logging.getLogger(__name__)
 
 def _leave_room(available_bytes: int, configurator: Any, pre_model_load_memory: float) -> int:
     """A smaller pool where activations need the room. Free memory is asked for as SGLang does, on all ranks."""
-    from sglang.srt.distributed import get_world_group
     from sglang.srt.utils import get_available_gpu_memory
 
     server_args = configurator.server_args
-    if configurator.device != "cuda" or server_args.is_mem_fraction_given:
+    if configurator.device != "cuda" or insides.is_pool_size_given(server_args):
         return available_bytes
-    world = get_world_group()
+    world = insides.world()
     free_gib = get_available_gpu_memory(
         configurator.device, configurator.gpu_id, distributed=world.world_size > 1, cpu_group=world.cpu_group
     )
     free_bytes = int(free_gib * (1 << 30))
-    sizes, num_ranks = RowSizes.of(configurator.model_config), server_args.plugin_options.sp_size
+    sizes, num_ranks = RowSizes.of(configurator.model_config), insides.options_of(server_args).sp_size
     replicate = replicates_kv(server_args)
     per_row = sizes.bytes_per_row(num_ranks if replicate else 0)
     per_token = per_row // num_ranks if replicate else per_row
@@ -61,7 +63,7 @@ def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     largest = capacity.largest_prompt(backend, room)
     longest = worker.model_config.context_len - 1
     max_req_len = min(longest if backend.keeps_parts else info[4], largest + 6)
-    if runner.ps.tp_rank == 0:
+    if insides.is_first_rank():
         logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, room, largest))
     return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
 
@@ -70,10 +72,13 @@ def _warm_up(runner: Any) -> None:
     """Before free memory is asked for, of which it takes some."""
     if runner.device != "cuda":
         return
-    started = time.perf_counter()
-    backend_of(runner).warm_up()
-    torch.cuda.synchronize()
-    if runner.ps.tp_rank == 0:
+    started, builds = time.perf_counter(), backend_of(runner).builds()
+    for number, build in enumerate(builds, 1):
+        if insides.is_first_rank():
+            logger.info("Building sparse attention, %d of %d: %s.", number, len(builds), build.name)
+        build.run()
+        torch.cuda.synchronize()
+    if insides.is_first_rank():
         logger.info("Sparse attention is ready: %.1f s.", time.perf_counter() - started)
 
 
@@ -90,10 +95,8 @@ def _activation_bytes(runner: Any) -> int | None:
     free, _ = torch.cuda.mem_get_info(runner.gpu_id)
     unused = torch.cuda.memory_reserved(runner.gpu_id) - torch.cuda.memory_allocated(runner.gpu_id)
     least = torch.tensor(free + unused - capacity.FIXED_BYTES)
-    if runner.server_args.plugin_options.sp_size > 1:
-        from sglang.srt.distributed import get_tp_group
-
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=get_tp_group().cpu_group)
+    if insides.options_of(runner.server_args).sp_size > 1:
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=insides.world().cpu_group)
     return max(int(least), 0)
 
 

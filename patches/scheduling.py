@@ -2,6 +2,8 @@
 
 Reason: a sparse prompt is laid out as a whole. It runs alone in its batch and in one piece, and its KV depends on
 its question, so no other request may find it in the radix cache, nor it another's.
+Official points: `Scheduler.get_prefill_adder_class` and `register_radix_cache_backend` would replace the last two; they
+are for prompts that come in rounds and are found again.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of
 
@@ -19,36 +22,34 @@ from sglang_apb.layout import LayoutError
 
 
 def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
-    """Marks the request once, before any queue sees it.
-
-    `req.sparse_wish`: None for the exact path. `req.kept_tokens`: what of its KV this rank keeps, None for all of it.
-    """
-    if is_retracted or hasattr(req, "sparse_wish"):
+    """Notes once, before any queue sees the request, how it runs and what of its KV this rank keeps."""
+    notes = insides.notes_of(req)
+    if is_retracted or notes.is_decided:
         return
-    req.sparse_wish = req.kept_tokens = None
-    if req.finished() or req.to_finish:
+    notes.is_decided = True
+    if insides.is_ended(req):
         return
-    backend = backend_of(self.tp_worker.model_runner)
-    options = self.server_args.plugin_options
-    shortest = config.parse(options.config_text).shortest_sparse(self.server_args.device, options.sp_size)
-    wish = requests.wish_of(req, shortest)
-    kept = None
+    runner, prompt = self.tp_worker.model_runner, insides.prompt_of(req)
+    backend, options = backend_of(runner), insides.options_of(self.server_args)
+    shortest = config.parse(options.config_text).shortest_sparse(runner.device, options.sp_size)
+    wish, kept, owned = requests.wish_of(prompt, shortest), None, None
     if wish is not None:
         try:
-            kept = backend.kept_tokens(backend.plan(len(req.origin_input_ids), wish))
+            plan = backend.plan(prompt.num_tokens, wish)
+            kept, owned = backend.kept_tokens(plan), backend.owned_pages(plan)
         except LayoutError:  # shorter than a question and a page of context
             wish = None
-    if backend.keeps_parts and (error := _find_lack_of_slots(self, req, kept)):
-        req.set_finish_with_abort(error)
+    if backend.keeps_parts and (error := _find_lack_of_slots(self, prompt.num_tokens, kept)):
+        insides.refuse(req, error)
         return
-    req.sparse_wish, req.kept_tokens = wish, kept
+    notes.wish, notes.kept, notes.owned_pages = wish, kept, owned
     if wish is not None:
-        req.skip_radix_cache_insert = True
+        insides.keep_out_of_prefix_cache(req)
 
 
-def _find_lack_of_slots(scheduler: Any, req: Any, kept: KeptTokens | None) -> str:
+def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None) -> str:
     """A sentence when the prompt can never have its KV slots: SGLang's own check knows one number for all prompts."""
-    num_slots, num_tokens = scheduler.max_total_num_tokens, len(req.origin_input_ids)
+    num_slots = scheduler.max_total_num_tokens
     if capacity.Room(num_slots, scheduler.page_size).fits(num_tokens if kept is None else kept.num_slots):
         return ""
     return (
@@ -61,7 +62,7 @@ def _find_lack_of_slots(scheduler: Any, req: Any, kept: KeptTokens | None) -> st
 
 
 def _is_sparse(req: Any) -> bool:
-    return getattr(req, "sparse_wish", None) is not None
+    return insides.notes_of(req).wish is not None
 
 
 def _no_shared_prefix(original: Any, self: Any, input_len: int) -> int:
@@ -73,33 +74,24 @@ def _add_alone_and_whole(
 ) -> Any:
     from sglang.srt.managers.schedule_policy import AddReqResult
 
-    if any(map(_is_sparse, self.can_run_list)) or (_is_sparse(req) and self.can_run_list):
+    others = insides.admitted(self)
+    if any(map(_is_sparse, others)) or (_is_sparse(req) and others):
         return AddReqResult.OTHER
     if not _is_sparse(req):
         return original(self, req, has_chunked_req, truncation_align_size)
-    with _without_chunks(self), _charging_kept_tokens_only(self, req):
+    with insides.without_chunks(self), _charging_kept_tokens_only(self, req):
         return original(self, req, has_chunked_req, truncation_align_size)
-
-
-@contextmanager
-def _without_chunks(adder: Any) -> Iterator[None]:
-    chunk, adder.rem_chunk_tokens = adder.rem_chunk_tokens, None
-    try:
-        yield
-    finally:
-        adder.rem_chunk_tokens = chunk
 
 
 @contextmanager
 def _charging_kept_tokens_only(adder: Any, req: Any) -> Iterator[None]:
     """SGLang counts the whole prompt against the pool's free space; tokens that other ranks keep take none here."""
-    num_elsewhere = 0 if req.kept_tokens is None else req.kept_tokens.num_elsewhere
-    adder.rem_total_token_offset -= num_elsewhere
-    adder.cur_rem_token_offset -= num_elsewhere
+    kept = insides.notes_of(req).kept
+    num_elsewhere = 0 if kept is None else kept.num_elsewhere
+    insides.charge(adder, -num_elsewhere)
     yield
-    if req not in adder.can_run_list:
-        adder.rem_total_token_offset += num_elsewhere
-        adder.cur_rem_token_offset += num_elsewhere
+    if req not in insides.admitted(adder):
+        insides.charge(adder, num_elsewhere)
 
 
 PATCHES = (

@@ -1,7 +1,9 @@
-"""Targets: `ServerArgs.add_cli_args`, `from_cli_args`, `__init__`. Reason: our options on SGLang's command line.
+"""Our options on SGLang's command line.
 
-SGLang builds its options from the fields of a dataclass, to which nothing can be added. Ours are plain
-attributes of the instance: they travel to the rank processes in its pickle.
+Official point: `register_resolution_hook`, by which SGLang's resolution of its arguments takes in our ranks (its first
+step) and our checks (one of its last).
+Targets: `ServerArgs.add_cli_args`, `from_cli_args`. Reason: SGLang builds its options from the fields of a struct, to
+which nothing can be added. Ours are an attribute beside them: it travels to the rank processes in the struct's pickle.
 """
 
 from __future__ import annotations
@@ -9,9 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch, PatchError
 
 from sglang_apb import options as options_module
@@ -24,12 +28,41 @@ _NAMES = {
     "prefill_backend_config": "config_text",
     "kv_transfer_config": "transfer_text",
 }
-_from_command_line: ContextVar[dict[str, Any] | None] = ContextVar("_from_command_line", default=None)
+Step = Callable[[Any], None]
 
 
-def options_of(server_args: Any) -> PluginOptions:
-    """The options that a ServerArgs was built with."""
-    return getattr(server_args, "plugin_options", PluginOptions())
+def register_steps() -> None:
+    """Hooks two steps of SGLang's argument resolution. Called once a process, by `plugin.register`."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_deprecated_dp_attention")(_take_ranks)
+    register_resolution_hook("handle_other_validations")(_check_and_install)
+
+
+def _take_ranks(server_args: Any, previous: Step) -> None:
+    """SGLang's context-parallel ranks without its strategies: one KV pool a rank, with every head."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    sp_size = insides.options_of(server_args).sp_size
+    if sp_size > 1:
+        with _ending_in_one_line():
+            options_module.check_parallel_sizes(server_args, sp_size)
+        declare_resolution(server_args, "sglang-apb", tp_size=sp_size, attn_cp_size=sp_size)
+        # Ranks that drew different tokens would wait for each other for ever: SGLang can compare them at each step.
+        os.environ["SYNC_TOKEN_IDS_ACROSS_TP"] = "1"
+    previous(server_args)
+
+
+def _check_and_install(server_args: Any, previous: Step) -> None:
+    previous(server_args)
+    view, options = insides.resolved(server_args), insides.options_of(server_args)
+    with _ending_in_one_line():
+        if options.is_set:
+            options_module.check_server_args(view, insides.model_config_of(server_args), options)
+        options_module.check_transfer(view, options)
+        from sglang_apb import plugin
+
+        plugin.install(server_args)
 
 
 def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -37,49 +70,25 @@ def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
 
 
 def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
-    """SGLang keeps only the namespace's values that are fields: ours reach `__init__` beside them."""
-    token = _from_command_line.set({name: getattr(args, name) for name in _NAMES if hasattr(args, name)})
+    """SGLang keeps only the namespace's values that are fields: ours are set beside them."""
+    options = PluginOptions(**{ours: getattr(args, name) for name, ours in _NAMES.items() if hasattr(args, name)})
+    with _ending_in_one_line():
+        options.check()
+    record = original(cls, args)
+    record.plugin_options = options
+    return record
+
+
+@contextmanager
+def _ending_in_one_line() -> Iterator[None]:
     try:
-        return original(cls, args)
+        yield
     except (options_module.OptionError, ConfigError, PatchError) as error:
         print(f"sglang: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        _from_command_line.reset(token)
-
-
-def _init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    given = (_from_command_line.get() or {}) | {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
-    options = PluginOptions(**{_NAMES[name]: value for name, value in given.items()})
-    options.check()
-    is_mem_fraction_given = kwargs.get("mem_fraction_static") is not None
-    if options.sp_size > 1:
-        kwargs = _with_sequence_parallel_ranks(kwargs, options.sp_size)
-    original(self, *args, **kwargs)
-    object.__setattr__(self, "plugin_options", options)
-    object.__setattr__(self, "is_mem_fraction_given", is_mem_fraction_given)  # SGLang fills in its default
-    if options.is_set:
-        options_module.check_server_args(self, options)
-    options_module.check_transfer(self, options)
-    from sglang_apb import plugin
-
-    plugin.install(self)
-
-
-def _with_sequence_parallel_ranks(kwargs: dict[str, Any], sp_size: int) -> dict[str, Any]:
-    """SGLang's context-parallel ranks without its strategies: one KV pool a rank, with every head."""
-    for name in ("tp_size", "attn_cp_size"):
-        if kwargs.get(name) not in (None, 1, sp_size):
-            raise options_module.OptionError(
-                f"--sp-size {sp_size} does not go with --{name.replace('_', '-')} {kwargs[name]}: leave one of them out"
-            )
-    # Ranks that drew different tokens would wait for each other for ever: SGLang can compare them at each step.
-    os.environ["SYNC_TOKEN_IDS_ACROSS_TP"] = "1"
-    return kwargs | {"tp_size": sp_size, "attn_cp_size": sp_size}
 
 
 PATCHES = (
-    Patch("sglang.srt.server_args.ServerArgs.__init__", "around", None, _init),
     Patch("sglang.srt.server_args.ServerArgs.add_cli_args", "after", ("parser",), _add_cli_args),
     Patch("sglang.srt.server_args.ServerArgs.from_cli_args", "around", ("cls", "args"), _from_cli_args),
 )

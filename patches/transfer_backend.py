@@ -23,10 +23,10 @@ _public_key = ""
 
 def register_choice() -> None:
     """Adds our name to the choices of `--disaggregation-transfer-backend`. Adding it twice is a no-op."""
-    from sglang.srt import server_args
+    from sglang.srt.arg_groups import choices
 
-    if BACKEND not in server_args.DISAGG_TRANSFER_BACKEND_CHOICES:
-        server_args.add_disagg_transfer_backend_choices([BACKEND])
+    if BACKEND not in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
+        choices.add_disagg_transfer_backend_choices([BACKEND])
 
 
 def _find_backend(original: Callable[[object], Any], value: object) -> Any:
@@ -68,6 +68,11 @@ def use_key(public_key: str) -> None:
     _public_key = public_key
 
 
+def _refuse_later(original: Any, req: Any) -> bool:
+    """SGLang drops a prompt that it refuses before it has a sender; the decode server would wait for it in vain."""
+    return False
+
+
 def _start_manager(manager: Any, queue: Any) -> None:
     if queue.transfer_backend.value == BACKEND:
         manager.start(queue.token_to_kv_pool, queue.scheduler.model_config)
@@ -76,6 +81,7 @@ def _start_manager(manager: Any, queue: Any) -> None:
 PATCHES: tuple[Patch, ...] = (
     Patch(f"{_MODULE}.utils.TransferBackend._missing_", "around", ("cls", "value"), _find_backend),
     Patch(f"{_MODULE}.utils.get_kv_class", "around", ("transfer_backend", "class_type"), _find_class),
+    Patch(f"{_MODULE}.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),
     Patch(f"{_MODULE}.prefill.PrefillBootstrapQueue._init_kv_manager", "after", ("self",), _start_manager),
     Patch(f"{_MODULE}.decode.DecodePreallocQueue._init_kv_manager", "after", ("self",), _start_manager),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,18 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "dcp_size": ((1,), "--dcp-size", "the KV of a decoding request must stand on one rank"),
     "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "a sparse prompt's KV is not reusable"),
     "enable_lmcache": ((False,), "--enable-lmcache", "a sparse prompt's KV is not reusable"),
+    "enable_flexkv": ((False,), "--enable-flexkv", "a sparse prompt's KV is not reusable"),
+    "enable_kv_cache_sharding": ((False,), "--enable-kv-cache-sharding", "ranks own blocks, not stripes of pages"),
+    "disaggregation_enable_kv_checksum": (
+        (False,),
+        "--disaggregation-enable-kv-checksum",
+        "no rank holds all of a prompt's pages",
+    ),
+    "optimistic_prefill_attempts": (
+        (0,),
+        "--optimistic-prefill-attempts",
+        "layers are sent while later ones are computed",
+    ),
     "enable_prefill_cp": ((False,), "--enable-prefill-cp", "use --sp-size"),
     "enable_pdmux": ((False,), "--enable-pdmux", "it splits the prefill's layers into several forwards"),
     "enable_two_batch_overlap": ((False,), "--enable-two-batch-overlap", "a sparse prompt is alone in its batch"),
@@ -31,9 +42,6 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
-
-# Environment variables of SGLang's that expect a KV slot for every token of a prompt.
-_REFUSED_WITH_OWN_PAGES = ("SGLANG_ENABLE_UNIFIED_RADIX_TREE", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY")
 
 # Dense decoders whose layers call one attention with per-head K and V, as SGLang names them.
 MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -123,10 +131,20 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
         )
 
 
-def check_server_args(server_args: Any, options: PluginOptions) -> None:
+def check_parallel_sizes(server_args: Any, sp_size: int) -> None:
+    """Refuses, before SGLang resolves its options, other ranks beside those of `--sp-size`. Raises OptionError."""
+    for name in ("tp_size", "attn_cp_size"):
+        if getattr(server_args, name) not in (None, 1, sp_size):
+            raise OptionError(
+                f"--sp-size {sp_size} does not go with --{name.replace('_', '-')} {getattr(server_args, name)}: "
+                "leave one of them out"
+            )
+
+
+def check_server_args(server_args: Any, model_config: Any, options: PluginOptions) -> None:
     """Refuses, after SGLang resolved them, options that would silently disable or break the layout.
 
-    Raises OptionError with one sentence.
+    model_config: SGLang's ModelConfig. Raises OptionError with one sentence.
     """
     for field, (allowed, option, why) in _REFUSED_FIELDS.items():
         value = getattr(server_args, field)
@@ -139,14 +157,13 @@ def check_server_args(server_args: Any, options: PluginOptions) -> None:
             f"--prefill-backend {options.backend} belongs on the prefill server: a decode server does no prefill, "
             "leave it out there"
         )
-    _check_model(server_args)
-    _check_engine(server_args, options)
+    _check_model(server_args, model_config)
+    _check_engine(server_args, model_config, options)
     _check_gpus(server_args, options)
-    _check_environment(server_args, options)
 
 
-def _check_model(server_args: Any) -> None:
-    architectures = server_args.get_model_config().hf_config.architectures or ["unknown"]
+def _check_model(server_args: Any, model: Any) -> None:
+    architectures = model.hf_config.architectures or ["unknown"]
     if architectures[0] not in MODEL_FAMILIES:
         raise OptionError(
             f"--prefill-backend does not support {architectures[0]} ({server_args.model_path}); "
@@ -154,25 +171,12 @@ def _check_model(server_args: Any) -> None:
         )
 
 
-def _check_engine(server_args: Any, options: PluginOptions) -> None:
+def _check_engine(server_args: Any, model: Any, options: PluginOptions) -> None:
     engine = config.parse(options.config_text).engine
-    model = server_args.get_model_config()
     try:
         attention.choose(engine, server_args.device, model.dtype, model.head_dim)
     except attention.EngineError as error:
         raise OptionError(f"--prefill-backend-config: {error}") from None
-
-
-def _check_environment(server_args: Any, options: PluginOptions) -> None:
-    """On a server whose ranks keep only what they ship (patches/kv_ownership.py)."""
-    if options.sp_size == 1 or server_args.disaggregation_transfer_backend != BACKEND:
-        return
-    for name in _REFUSED_WITH_OWN_PAGES:
-        if os.environ.get(name, "").lower() not in ("", "0", "false", "no", "n"):
-            raise OptionError(
-                f"{name} does not go with --sp-size {options.sp_size} and --disaggregation-transfer-backend zmq: it "
-                "expects a slot for every token of a prompt; unset it"
-            )
 
 
 def _check_gpus(server_args: Any, options: PluginOptions) -> None:

@@ -1,7 +1,8 @@
 """What SGLang finds when sglang-apb is installed, and what each option adds. A table of contents of `patches/`.
 
 Stage 1, `register`: SGLang calls it in every process before it reads its command line. It adds our options
-and listens for ServerArgs; nothing else of SGLang is touched.
+and two steps to their resolution; nothing else of SGLang is touched. On another SGLang than the known one it does
+nothing and says so.
 Stage 2, `install`: called once the server's arguments are known, in the parent and in every rank process,
 and only when an option of ours is used. `patches/last_layer.py` hooks a module of the loaded model, not a
 function; `patches/prefill_forward.py` installs it with the prefill backend.
@@ -9,14 +10,27 @@ function; `patches/prefill_forward.py` installs it with the prefill backend.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Entry point of group `sglang.srt.plugins`."""
-    from sglang_apb.patches import _patch, scheduler_process, server_args, transfer_backend
+    """Entry point of group `sglang.srt.plugins`. Without it SGLang is as if we were not installed: it goes on, and
+    refuses our options.
+    """
+    from sglang_apb.patches import _patch
+
+    try:
+        _patch.check_version()
+    except _patch.PatchError as error:
+        logger.error("%s", error)
+        return
+    from sglang_apb.patches import scheduler_process, server_args, transfer_backend
 
     transfer_backend.register_choice()
+    server_args.register_steps()
     _patch.apply((*server_args.PATCHES, *scheduler_process.PATCHES))
 
 
@@ -30,6 +44,7 @@ def install(server_args: Any) -> None:
 def _wanted_patches(server_args: Any) -> list[Any]:
     from sglang_apb.patches import (
         answer_metadata,
+        insides,
         kv_ownership,
         model_parallel,
         pd_decode,
@@ -41,13 +56,11 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         row_chunks,
         scheduling,
         transfer_backend,
-        waiting_for_memory,
     )
-    from sglang_apb.patches.server_args import options_of
     from sglang_apb.platform import is_portable_cpu
     from sglang_apb.transfer import keys as transfer_keys
 
-    options = options_of(server_args)
+    options, server_args = insides.options_of(server_args), insides.resolved(server_args)
     our_transfer = server_args.disaggregation_transfer_backend == transfer_backend.BACKEND
     wanted: list[Any] = []
     if is_portable_cpu():
@@ -65,7 +78,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         if our_transfer and options.sp_size > 1:
             wanted += kv_ownership.PATCHES
     if our_transfer and server_args.disaggregation_mode == "decode":
-        wanted += (*pd_decode.PATCHES, *waiting_for_memory.PATCHES)
+        wanted += pd_decode.PATCHES
     if options.is_set or our_transfer:
         wanted += (*request_checks.PATCHES, *answer_metadata.PATCHES)
     return wanted

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sglang_apb import layout
-from sglang_apb.backends.base import Wish
+from sglang_apb.backends.base import KeptTokens, Wish
 from sglang_apb.config import ApbConfig
 
 # The key of a request's `custom_params` that speaks to us: {"prefill": {"question_tokens": 300, "exact": false}}
@@ -16,6 +19,28 @@ _KNOWN = ("question_tokens", "exact")
 
 class RequestError(ValueError):
     """A request asks for what cannot be done; the text names the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the decisions need to know of a request (`patches/insides.py` reads it)."""
+
+    num_tokens: int
+    num_output_tokens: int  # a retracted request prefills its output too
+    custom_params: Mapping[str, Any] | None
+    needs_every_row: bool  # input logprobs, hidden states, own embeddings, a session
+
+
+@dataclass
+class Notes:
+    """What is noted on a request, from its arrival on."""
+
+    is_decided: bool = False
+    wish: Wish | None = None  # None: the exact path
+    kept: KeptTokens | None = None  # what of its KV this rank keeps; None: every token
+    slots: torch.Tensor | None = None  # of `kept`, while they are taken
+    owned_pages: list[tuple[int, int]] | None = None  # what this rank ships; None: SGLang's split
+    report: dict[str, Any] | None = None  # how it was prefilled, for the answer
 
 
 def parameters_of(custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -48,35 +73,21 @@ def check(num_tokens: int, custom_params: Mapping[str, Any] | None, page_size: i
         )
 
 
-def wish_of(req: Any, shortest_sparse: int) -> Wish | None:
-    """What the sparse prefill should know of SGLang's request `req`; None when it takes the exact path.
+def wish_of(prompt: Prompt, shortest_sparse: int) -> Wish | None:
+    """What the sparse prefill should know of the request; None when it takes the exact path.
 
     Exact are: prompts of less than `shortest_sparse` tokens, prompts that ask for it, and those that want something of
     every row (input logprobs, hidden states) or bring their own embeddings or session.
     """
-    num_tokens = len(req.origin_input_ids)
-    given = parameters_of(req.sampling_params.custom_params)
-    if num_tokens < shortest_sparse or given.get("exact") or _needs_every_row(req):
+    given = parameters_of(prompt.custom_params)
+    if prompt.num_tokens < shortest_sparse or given.get("exact") or prompt.needs_every_row:
         return None
     return Wish(question_tokens=given.get("question_tokens"))
 
 
-def question_tokens(req: Any, wish: Wish, config: ApbConfig) -> int | None:
-    """How many trailing tokens ask. A retracted request prefills its output too: that belongs to the question."""
-    num_output_tokens = len(req.output_ids)
-    if num_output_tokens == 0:
+def question_tokens(prompt: Prompt, wish: Wish, config: ApbConfig) -> int | None:
+    """How many trailing tokens ask. A retracted request's output belongs to the question."""
+    if prompt.num_output_tokens == 0:
         return wish.question_tokens
-    asked = wish.question_tokens or layout.num_question_tokens(len(req.origin_input_ids), config)
-    return asked + num_output_tokens
-
-
-def _needs_every_row(req: Any) -> bool:
-    wants_input_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
-    return bool(
-        wants_input_logprobs
-        or req.return_hidden_states
-        or req.input_embeds is not None
-        or req.positional_embed_overrides is not None
-        or req.multi_item_delimiter_indices is not None
-        or req.session is not None
-    )
+    asked = wish.question_tokens or layout.num_question_tokens(prompt.num_tokens, config)
+    return asked + prompt.num_output_tokens

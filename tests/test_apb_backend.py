@@ -12,12 +12,13 @@ from ranks import run_ranks
 from sglang_apb.backends import apb
 from sglang_apb.backends.base import Wish
 from sglang_apb.config import ApbConfig
+from sglang_apb.layout import LayoutError
 from sglang_apb.rank_group import RankGroup
 
 
 def backend(group: Any = None, replicate_kv: bool = False, **config: Any) -> apb.ApbBackend:
     model = SimpleNamespace(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype=torch.float32
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype=torch.float32, context_len=8192
     )
     runner = SimpleNamespace(
         model_config=model,
@@ -32,27 +33,45 @@ PAPER = {"order": "two_pass", "anchor_mode": "recomputed"}
 
 
 @pytest.mark.parametrize("config", [{}, PAPER], ids=["one pass", "two passes"])
-def test_warming_up_attends_once(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_attends_once(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apb, "WARM_UP_TOKENS", 700)
     made = backend(**config)
     called = []
     engine = made._engine
     monkeypatch.setattr(engine, "plan", lambda calls: called.append(len(calls)) or type(engine).plan(engine, calls))
-    made.warm_up()
+    build(made)
     assert len(called) == 1
 
 
-def test_a_configuration_for_longer_prompts_is_not_warmed_up() -> None:
-    backend(question_tokens=apb.WARM_UP_TOKENS).warm_up()
+def test_the_layer_that_is_run_is_of_the_shortest_prompt_that_can_be_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, planned = backend(), []
+
+    def plan(num_tokens: int, wish: Wish) -> Any:
+        planned.append(num_tokens)
+        if num_tokens < 2000:
+            raise LayoutError("too short")
+        return apb.layouts.plan(num_tokens, ApbConfig())
+
+    monkeypatch.setattr(apb, "WARM_UP_TOKENS", 700)
+    monkeypatch.setattr(made, "plan", plan)
+    assert [build.name for build in made.builds()] == ["a layer"] and planned == [700, 1400, 2800]
+    monkeypatch.setattr(apb, "WARM_UP_TOKENS", 1500)
+    made._runner.model_config.context_len = 1999
+    assert made.builds() == []
 
 
-def _warm_up(group: Any) -> None:
+def build(made: apb.ApbBackend) -> None:
+    for each in made.builds():
+        each.run()
+
+
+def _build(group: Any) -> None:
     apb.WARM_UP_TOKENS = 700
-    backend(group, num_blocks=3).warm_up()
+    build(backend(group, num_blocks=3))
 
 
-def test_ranks_warm_up_together() -> None:
-    run_ranks(2, _warm_up, timeout_s=300)  # each imports SGLang, which takes its time on a busy machine
+def test_ranks_build_together() -> None:
+    run_ranks(2, _build, timeout_s=300)  # each imports SGLang, which takes its time on a busy machine
 
 
 def test_activations_are_those_of_the_rank_with_most_rows() -> None:

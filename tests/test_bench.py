@@ -18,9 +18,11 @@ import requests
 from sglang_apb import cli, layout
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import models as bench_models
+from sglang_apb.commands.bench import plain as bench_plain
 from sglang_apb.commands.bench import plot as bench_plot
 from sglang_apb.commands.bench import servers as bench_servers
 from sglang_apb.commands.bench import table as bench_table
+from sglang_apb.commands.bench import timed_prompts as bench_prompts
 from sglang_apb.commands.bench import ttft as bench_ttft
 from sglang_apb.commands.bench.models import DecoderShape
 from sglang_apb.commands.bench.servers import BenchServer
@@ -64,6 +66,7 @@ def test_a_median_needs_times_and_no_refusal() -> None:
 def test_the_ratio_is_to_the_best_plain_server_of_the_same_length() -> None:
     timings = [timing("flashinfer", 8, 4.0), timing("fa3", 8, 3.0), timing("fa3", 9, 0.1), timing("apb", 8, 1.5)]
     assert bench_table.ratio(timings, 8) == 2.0
+    assert bench_table.ratio([*timings, timing("fa3-cp", 8, 2.25)], 8) == 1.5
     assert bench_table.ratio(timings, 9) is None, "APB has no figure"
     refused = [timing("fa3", 8, reason="HTTP 400"), timing("apb", 8, 1.5)]
     assert bench_table.ratio(refused, 8) is None, "plain SGLang has none"
@@ -102,11 +105,14 @@ def test_with_everything_passed_on_apb_costs_what_exact_attention_does() -> None
     assert bench_models.apb_flop(SHAPE, plan, one_pass=False) == bench_models.exact_flop(SHAPE, 3000)
 
 
-def test_llama_8b_has_the_flop_that_its_size_says() -> None:
-    shape = DecoderShape.of(bench_models.SHAPES["llama-3.1-8b"])
+@pytest.mark.parametrize(
+    ("name", "num_weights", "vocab"), [("llama-3.1-8b", 8.03e9, 128256), ("qwen3-8b", 8.19e9, 151936)]
+)
+def test_a_model_has_the_flop_that_its_size_says(name: str, num_weights: float, vocab: int) -> None:
+    shape = DecoderShape.of(bench_models.SHAPES[name])
     assert shape is not None
-    # 8.03e9 weights less the two embeddings of 128,256 * 4,096 are 6.98e9, used twice each by a row.
-    assert bench_models.exact_flop(shape, 1) == pytest.approx(2 * (6.98e9 + 128256 * 4096), rel=0.001)
+    # All weights but those of one of the two embeddings are used twice each by a row.
+    assert bench_models.exact_flop(shape, 1) == pytest.approx(2 * (num_weights - vocab * 4096), rel=0.001)
 
 
 def test_other_families_are_not_counted() -> None:
@@ -154,48 +160,6 @@ def test_the_rates_leave_out_what_has_no_figure() -> None:
     assert cells[2:] == [["4,000", "fa3", "2,000", "1,000", "250"], ["4,000", "apb", "4,000", "-", "-"]]
 
 
-# the servers' command lines
-
-
-def test_every_server_gets_the_same_arguments_but_for_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_servers, "num_gpus", lambda: 2)
-    plans = bench_servers.plan_servers(
-        ["flashinfer", "fa3"], gpus=2, dummy_weights=True, config_text='{"block": 64}', extra=["--dtype", "bfloat16"]
-    )
-    assert [plan.name for plan in plans] == ["flashinfer", "fa3", "apb"]
-    flashinfer, fa3, apb = (plan.arguments for plan in plans)
-    plain = ("--chunked-prefill-size", "65536", "--mem-fraction-static", "0.6", "--tp", "2")
-    assert flashinfer[:8] == ("--attention-backend", "flashinfer", *plain)
-    assert fa3[:8] == ("--attention-backend", "fa3", *plain)
-    assert apb[:6] == ("--prefill-backend", "apb", "--sp-size", "2", "--prefill-backend-config", '{"block": 64}')
-    assert apb[6:8] == ("--attention-backend", "flashinfer")
-    assert flashinfer[8:] == fa3[8:] == apb[8:]
-    assert {"--max-running-requests", "--disable-radix-cache", "--skip-tokenizer-init"} < set(apb)
-    assert apb[-2:] == ("--dtype", "bfloat16"), "the user's come last, so that they count"
-
-
-def test_a_cpu_is_compared_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_servers, "num_gpus", lambda: 0)
-    assert bench_servers.default_backends() == ["torch_native"]
-    assert "--chunked-prefill-size" not in bench_servers.plan_servers(["torch_native"], gpus=1)[0].arguments
-
-
-@pytest.mark.parametrize(("library", "capability", "expected"), [(True, 9, True), (True, 10, False), (False, 9, False)])
-def test_fa3_is_compared_with_where_it_can_run(
-    library: bool, capability: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "sgl_kernel"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise AssertionError('imported')")
-    if library:
-        (package / "flash_ops.abi3.so").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "sgl_kernel", raising=False)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (capability, 0))
-    monkeypatch.setattr(bench_servers, "num_gpus", lambda: 1)
-    assert bench_servers.default_backends() == (["flashinfer", "fa3"] if expected else ["flashinfer"])
-
-
 CRASH = """
 import sys
 print("[2026-01-01 TP0] Scheduler hit an exception: Traceback (most recent call last):", file=sys.stderr)
@@ -230,10 +194,10 @@ def test_a_server_that_runs_on_without_an_answer_is_told_apart(tmp_path: Path, m
 
 
 def test_prompts_are_the_same_for_every_server_and_new_for_every_repeat() -> None:
-    prompt = bench_ttft.random_prompt(0, 1000, 0, 50)
-    assert prompt == bench_ttft.random_prompt(0, 1000, 0, 50)
+    prompt = bench_prompts.random_prompt(0, 1000, 0, 50)
+    assert prompt == bench_prompts.random_prompt(0, 1000, 0, 50)
     assert len(prompt) == 1000 and set(prompt) == set(range(50))
-    others = [bench_ttft.random_prompt(*key, 50) for key in ((1, 1000, 0), (0, 1000, 1), (0, 1001, 0))]
+    others = [bench_prompts.random_prompt(*key, 50) for key in ((1, 1000, 0), (0, 1000, 1), (0, 1001, 0))]
     assert all(prompt[:8] != other[:8] for other in others)
 
 
@@ -329,6 +293,7 @@ def bench(
     (tmp_path / "model" / "config.json").write_text(json.dumps(SMALL))
     monkeypatch.setattr(bench_ttft, "num_gpus", lambda: 0)
     monkeypatch.setattr(bench_servers, "num_gpus", lambda: 0)
+    monkeypatch.setattr(bench_plain, "num_gpus", lambda: 0)
     monkeypatch.setattr(bench_ttft, "check_ports", lambda ports: None)
 
     def start(behaviour: dict[str, Answer], options: list[str]) -> tuple[int, PretendedServers]:
@@ -356,7 +321,7 @@ def test_a_prefill_server_of_a_pair_is_timed_without_its_decode_server(
     assert servers.asked["apb"][2]["input_ids"] not in [body["input_ids"] for body in servers.asked["apb"][:2]]
     result = json.loads(output.read_text())
     assert result["settings"]["prefill_only"] is True
-    assert result["servers"]["apb"][-5:-3] == ["--disaggregation-bootstrap-port", "30208"], "after three servers' ports"
+    assert result["servers"]["apb"][-2:] == ["--disaggregation-bootstrap-port", "30208"], "after three servers' ports"
     assert len(next(timing for timing in result["timings"] if timing["server"] == "apb")["seconds"]) == 2
     printed = capsys.readouterr().out
     assert "| whole prefill" in printed and "7.0" in printed and (traces / "32").is_dir()
@@ -420,7 +385,7 @@ def test_an_aborted_request_is_refused_too() -> None:
     response = requests.Response()
     response.status_code = 200
     response._content = b'{"meta_info": {"finish_reason": {"type": "abort", "message": "no room"}}}'
-    assert bench_ttft._refusal(response) == "aborted: no room"
+    assert bench_prompts._refusal(response) == "aborted: no room"
 
 
 def test_a_run_without_any_figure_fails(
@@ -433,14 +398,14 @@ def test_a_run_without_any_figure_fails(
 def test_an_interrupt_keeps_what_is_measured_and_ends_the_server(
     bench: Callable[..., tuple[int, PretendedServers]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = bench_ttft.time_prompts
+    measure = bench_prompts.time_prompts
 
     def interrupted(url: str, timing: Timing, *rest: Any) -> None:
         if timing.server == "two":
             raise KeyboardInterrupt
         measure(url, timing, *rest)
 
-    monkeypatch.setattr(bench_ttft, "time_prompts", interrupted)
+    monkeypatch.setattr(bench_prompts, "time_prompts", interrupted)
     output = tmp_path / "ttft.json"
     options = ["--lengths", "32", "--repeats", "1", "--output", str(output)]
     status, servers = bench({"one": answers(), "two": answers(), "apb": answers()}, options)
@@ -454,6 +419,7 @@ def test_an_interrupt_keeps_what_is_measured_and_ends_the_server(
         (["--prefill-backend-config", '{"bloc": 3}'], "unknown option 'bloc'"),
         (["--plot", "picture.txt"], "must end in one of .png"),
         (["--warm-up", "-1"], "--warm-up must be at least 0"),
+        (["--gpus", "2", "--backends", "fa3-cp"], "--backends fa3-cp needs two GPUs or more"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_server_starts(
@@ -484,10 +450,11 @@ def test_bad_lengths_are_refused(lengths: str, capsys: pytest.CaptureFixture[str
     assert error.value.code == 2 and "--lengths" in capsys.readouterr().err
 
 
-def test_a_shape_is_a_folder_with_a_config_and_nothing_else() -> None:
-    with bench_models.shape_folder("llama-3.1-8b") as folder:
+@pytest.mark.parametrize("name", bench_models.SHAPES)
+def test_a_shape_is_a_folder_with_a_config_and_nothing_else(name: str) -> None:
+    with bench_models.shape_folder(name) as folder:
         assert [path.name for path in Path(folder).iterdir()] == ["config.json"]
-        assert bench_models.read_config(folder) == bench_models.SHAPES["llama-3.1-8b"]
+        assert bench_models.read_config(folder) == bench_models.SHAPES[name]
     assert not Path(folder).exists()
 
 

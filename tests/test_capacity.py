@@ -15,6 +15,7 @@ from sglang_apb.backends.base import KeptTokens, Wish
 from sglang_apb.capacity import Room
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
+from sglang_apb.requests import Notes
 
 
 def kept_by(layout: Layout, rank: int) -> KeptTokens:
@@ -56,12 +57,12 @@ def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_
 def test_a_prompt_that_was_batched_or_cut_gets_every_slot() -> None:
     """It runs on the exact path then, which reads what this rank would not have."""
     kept = kept_by(plan(1000, ApbConfig(num_blocks=4), num_ranks=2), 0)
-    req = SimpleNamespace(kept_tokens=kept)
+    req = SimpleNamespace(prefill_notes=Notes(kept=kept))
     alone = SimpleNamespace(reqs=[req], extend_lens=[1000])
     assert kv_ownership._kept_tokens(alone) is kept
     for batch in (
         SimpleNamespace(reqs=[req], extend_lens=[999]),
-        SimpleNamespace(reqs=[req, SimpleNamespace(kept_tokens=None)], extend_lens=[1000, 9]),
+        SimpleNamespace(reqs=[req, SimpleNamespace()], extend_lens=[1000, 9]),
         SimpleNamespace(reqs=[SimpleNamespace()], extend_lens=[1000]),
     ):
         assert kv_ownership._kept_tokens(batch) is None
@@ -113,14 +114,15 @@ def test_slots_are_given_back_with_the_spare_ones() -> None:
     kept = kept_by(layout, 1)
     freed: list[torch.Tensor] = []
     allocator = SimpleNamespace(free_segment=lambda slots, start_pos: freed.append(slots))
-    req = SimpleNamespace(kept_tokens=kept, kept_slots=torch.arange(7, 7 + kept.num_slots), req_pool_idx=3)
-    row = kv_ownership._row(kept, req.kept_slots)
+    notes = Notes(kept=kept, slots=torch.arange(7, 7 + kept.num_slots))
+    req = SimpleNamespace(prefill_notes=notes, kv=SimpleNamespace(holds_kv=True))
+    row = kv_ownership._row(kept, notes.slots)
 
-    def as_sglang(req: Any, tree_cache: Any, is_insert: bool) -> None:
-        freed.append(row[req.cache_protected_len :])
+    def as_sglang(req: Any, tree_cache: Any, checkpoint: bool) -> None:
+        freed.append(row[req.kv.cache_protected_len :])
 
     release = next(patch.hook for patch in kv_ownership.PATCHES if patch.target.endswith("release_kv_cache"))
     for _ in range(2):  # a second release has nothing left to give
-        release(as_sglang, req, SimpleNamespace(token_to_kv_pool_allocator=allocator))
+        release(as_sglang, req, SimpleNamespace(token_to_kv_pool_allocator=allocator), checkpoint=True)
         row = row[:0]
     assert torch.equal(torch.cat(freed).sort().values, torch.arange(7, 7 + kept.num_slots))

@@ -83,6 +83,7 @@ def single_prefill(q: Any, k: Any, v: Any, *, sm_scale: float, return_lse: bool)
 def engine(monkeypatch: pytest.MonkeyPatch) -> engine_module.FlashInferEngine:
     stand_in = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Ragged, single_prefill_with_kv_cache=single_prefill)
     monkeypatch.setitem(sys.modules, "flashinfer", stand_in)
+    monkeypatch.setitem(sys.modules, "flashinfer.cascade", SimpleNamespace(get_cascade_module=lambda: None))
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(engine_module, "num_multiprocessors", lambda device: 36)
@@ -135,3 +136,26 @@ def test_keys_of_few_queries_are_cut_so_that_a_gpu_is_busy(
     assert engine_module._num_parts(Piece(num_queries, Span(0, num_keys)), num_heads, 132) == parts
     assert engine_module._num_parts(Piece(num_queries, Span(0, 2)), num_heads, 132) <= 2
     assert engine_module._num_parts(Piece(num_queries, Span(0, 0)), num_heads, 132) == 1
+
+
+def test_each_way_is_run_once_before_a_prompt_comes(
+    engine: engine_module.FlashInferEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a prompt calls for: each of FlashInfer's modules, and merging of every number of parts there can be."""
+    ways: list[tuple[str, int]] = []
+    made = engine._attention
+
+    def note(*arguments: Any) -> Any:
+        attention = made(*arguments)
+        ways.append((type(attention).__name__, getattr(attention, "num_parts", 1)))
+        return attention
+
+    monkeypatch.setattr(engine, "_attention", note)
+    builds = list(engine.builds(6, 2, 16, torch.float32, "cpu"))
+    for build in builds:
+        build.run()
+    # On 36 multiprocessors, 8 queries of 6 heads are 6 thread blocks: 16 queries are 12, 24 are 18, and 32 enough.
+    possible = {engine_module._num_parts(Piece(n, Span(0, 4096)), 6, 36) for n in range(1, 100)}
+    assert possible == {1, 4, 6, 8}
+    assert set(ways) == {("_Causal", 1), ("_Single", 1), *(("_InParts", n) for n in possible - {1})}
+    assert len({build.name for build in builds}) == len(builds) and "cascade" in builds[-1].name

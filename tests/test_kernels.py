@@ -160,7 +160,7 @@ class TestSelect:
 
     @on_device
     def test_scores_in_several_chunks(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(select, "MAX_CHUNK", 128)
+        monkeypatch.setattr(select, "CHUNKS", (128,))
         candidates = candidates_of([(0, 300), (300, 310)], 140)
         drawn = random_scores(candidates, 2)
         found = select.select_triton(drawn.to(device), candidates_of([(0, 300), (300, 310)], 140, device))

@@ -17,9 +17,12 @@ load_plugins()
 from sglang.srt.server_args import prepare_server_args
 from sglang.srt.plugins.hook_registry import HookRegistry
 args = prepare_server_args(sys.argv[1:])
+args.resolve_once()
 import pickle
 args = pickle.loads(pickle.dumps(args))
-print("OPTIONS", args.plugin_options, args.tp_size, args.attn_cp_size)
+from sglang.srt.arg_groups.overrides import resolved_view
+view = resolved_view(args)
+print("OPTIONS", getattr(args, "plugin_options", None), view.tp_size, view.attn_cp_size)
 print("PATCHED", *sorted(HookRegistry._patched), sep="\\n")
 """
 # Many command lines in one process, since importing SGLang takes longer than all of them.
@@ -32,7 +35,7 @@ for arguments in json.loads(sys.argv[1]):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            prepare_server_args(arguments)
+            prepare_server_args(arguments).resolve_once()
         status = 0
     except SystemExit as end:
         status = end.code
@@ -112,6 +115,9 @@ REFUSED = {
     (*APB, "--pp-size", "2"): "--pp-size (2) does not go with",
     (*APB, "--dp-size", "2"): "--dp-size (2) does not go with",
     (*APB, "--disaggregation-mode", "decode"): "belongs on the prefill server",
+    (*APB, "--enable-flexkv"): "--enable-flexkv (True) does not go with",
+    (*APB, *ZMQ, "--disaggregation-enable-kv-checksum"): "--disaggregation-enable-kv-checksum (True) does not go with",
+    (*APB, *ZMQ, "--optimistic-prefill-attempts", "1"): "--optimistic-prefill-attempts (1) does not go with",
     ("--kv-transfer-config", "{}"): "--kv-transfer-config needs --disaggregation-transfer-backend zmq",
     (*ZMQ, "--kv-transfer-config", '{"key": 1}'): "unknown option 'key' of --kv-transfer-config; known: secret_key",
     (*ZMQ, "--host", "192.0.2.1"): "would send KV unencrypted from 192.0.2.1",
@@ -165,26 +171,30 @@ def test_more_ranks_than_gpus_is_refused_with_the_number_that_fits(monkeypatch: 
         options._check_gpus(server_args, options.PluginOptions("apb", 4))
 
 
-def test_variables_that_expect_a_slot_for_every_token_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
+ANOTHER_SGLANG = """
+import importlib.metadata, sys
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.5.24" if name == "sglang" else real(name)
+sys.argv = ["sglang.launch_server", *sys.argv[1:]]
+import runpy
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
 
-    from sglang_apb import options
 
-    name = "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"
-    server_args = SimpleNamespace(disaggregation_transfer_backend="zmq")
-    monkeypatch.setenv(name, "0")
-    options._check_environment(server_args, options.PluginOptions("apb", 2))
-    monkeypatch.setenv(name, "1")
-    options._check_environment(server_args, options.PluginOptions("apb", 1))
-    with pytest.raises(options.OptionError, match=rf"{name} does not go with --sp-size 2 .*unset it"):
-        options._check_environment(server_args, options.PluginOptions("apb", 2))
+def test_another_sglang_is_refused_in_one_sentence_before_any_patch(model: str) -> None:
+    """From 0.5.20 on a hook on `ServerArgs.__init__` was accepted and never ran: every prompt would have run exact."""
+    command = [sys.executable, "-c", ANOTHER_SGLANG, "--model-path", model, *APB]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2
+    assert "sglang-apb knows SGLang 0.5.23 and no other, and 0.5.24 is installed" in ended.stderr
+    assert "unrecognized arguments: --prefill-backend apb" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_sglang_that_changed_under_a_patch_is_named() -> None:
     from sglang_apb.patches._patch import Patch, PatchError
 
     gone = Patch("sglang.srt.server_args.ServerArgs.no_such_method", "after", (), print)
-    with pytest.raises(PatchError, match=r"no_such_method does not exist in the installed SGLang .*0\.5\.17"):
+    with pytest.raises(PatchError, match=r"no_such_method does not exist in the installed SGLang .*0\.5\.23"):
         gone.check()
     changed = Patch("sglang.srt.server_args.ServerArgs.add_cli_args", "after", ("parser", "more"), print)
     with pytest.raises(PatchError, match=r"takes \('parser',\), not \('parser', 'more'\)"):

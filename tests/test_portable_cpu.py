@@ -17,7 +17,12 @@ def resolved_dtype(monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool, given
     monkeypatch.setattr(portable_cpu, "_share_cores", lambda num_ranks: None)
     monkeypatch.setenv("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
     args = SimpleNamespace(
-        attention_backend="intel_amx", dtype=given, mem_fraction_static=None, max_total_tokens=None, tp_size=1
+        attention_backend="intel_amx",
+        dtype=given,
+        mem_fraction_static=None,
+        max_total_tokens=None,
+        tp_size=1,
+        disaggregation_decode_retraction_backup=None,
     )
     portable_cpu.PortableCpuPlatform().apply_server_args_defaults(args)
     return args.dtype

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sglang.srt.distributed
+import sglang.srt.distributed.parallel_state
 import sglang.srt.utils
 import torch
 from sglang_apb.patches import prompt_memory
 
 from sglang_apb import capacity
+from sglang_apb.options import PluginOptions
 
 GIB = 1 << 30
 # Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token; a row's activations 51,814.
@@ -30,8 +31,8 @@ def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1)
         context_len=CONTEXT,
     )
     server_args = SimpleNamespace(
-        is_mem_fraction_given=is_given,
-        plugin_options=SimpleNamespace(sp_size=sp_size),
+        mem_fraction_static=0.8 if is_given else None,
+        plugin_options=PluginOptions("apb", sp_size),
         disaggregation_mode="prefill",
         disaggregation_transfer_backend="zmq",
     )
@@ -43,7 +44,7 @@ def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1)
 @pytest.fixture(autouse=True)
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     world = SimpleNamespace(world_size=1, cpu_group=None)
-    monkeypatch.setattr(sglang.srt.distributed, "get_world_group", lambda: world)
+    monkeypatch.setattr(sglang.srt.distributed.parallel_state, "get_world_group", lambda: world)
     monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: FREE_GIB)
 
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang_apb.patches import scheduling
+from sglang_apb.patches import insides, scheduling
 
 from sglang_apb.backends.base import KeptTokens
 from sglang_apb.config import parse
 from sglang_apb.layout import plan
+from sglang_apb.options import PluginOptions
 
 
 class Request:
@@ -23,6 +24,7 @@ class Request:
         self.return_logprob = self.return_hidden_states = False
         self.input_embeds = self.positional_embed_overrides = self.multi_item_delimiter_indices = self.session = None
         self.to_finish = self.error = None
+        self.logprob_start_len = -1
         self.skip_radix_cache_insert = False
 
     def finished(self) -> bool:
@@ -44,12 +46,13 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
     backend = SimpleNamespace(
         keeps_parts=keeps_parts,
         kept_tokens=kept,
+        owned_pages=lambda layout: layout.owned_pages(0, page_size),
         plan=lambda num_tokens, wish: plan(num_tokens, parse(config), num_ranks=2, page_size=page_size),
     )
     monkeypatch.setattr(scheduling, "backend_of", lambda runner: backend)
     scheduler = SimpleNamespace(
-        server_args=SimpleNamespace(device="cpu", plugin_options=SimpleNamespace(config_text=config, sp_size=1)),
-        tp_worker=SimpleNamespace(model_runner=None),
+        server_args=SimpleNamespace(plugin_options=PluginOptions("apb", config_text=config)),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu")),
         max_total_num_tokens=1000,
         page_size=page_size,
     )
@@ -76,7 +79,9 @@ def test_what_is_too_short_to_run_sparse(config: str, device: str, num_ranks: in
 
 def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
-    assert req.sparse_wish is not None and req.kept_tokens is None and req.skip_radix_cache_insert
+    notes = insides.notes_of(req)
+    assert notes.wish is not None and notes.kept is None and req.skip_radix_cache_insert
+    assert notes.owned_pages == plan(500, parse(SPARSE), num_ranks=2).owned_pages(0, 1)
 
 
 @pytest.mark.parametrize(("num_tokens", "page_size", "min_tokens"), [(1, 1, 0), (30, 64, 16)])
@@ -85,7 +90,8 @@ def test_a_prompt_that_cannot_be_laid_out_runs_exact(
 ) -> None:
     config = f'{{"min_tokens": {min_tokens}}}'
     req = decided(Request(num_tokens), monkeypatch, keeps_parts=True, config=config, page_size=page_size)
-    assert req.sparse_wish is None and req.kept_tokens is None and req.error is None
+    notes = insides.notes_of(req)
+    assert notes.wish is None and notes.kept is None and notes.owned_pages is None and req.error is None
 
 
 def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +116,4 @@ def test_prompts_that_can_never_have_their_slots_are_refused(
 ) -> None:
     req = decided(Request(num_tokens, exact=exact), monkeypatch, keeps_parts=keeps_parts, config=SPARSE, page_size=1)
     assert (error in req.error) if error else req.error is None
-    assert not error or req.sparse_wish is None
+    assert not error or insides.notes_of(req).wish is None

@@ -114,7 +114,13 @@ def kv_receiver(peers: Cluster, room: ReceiveRoom | None) -> ZmqKVReceiver:
         required_prefill_response_num_table={},
         prefill_response_tracker={},
         reasons=Reasons(None),
+        defer_decode_allocation=False,
+        enable_deferred_decode_kv_release=False,
+        connection_lock=threading.Lock(),
+        connection_pool={},
+        waiting_timeout=30.0,
     )
+    receiver._connection_pool_entries = {}
     receiver.bootstrap_room, receiver.bootstrap_addr, receiver.bootstrap_infos = 1, "127.0.0.1:1", []
     receiver.conclude_state, receiver.abort_notified, receiver._has_ended, receiver._room = None, False, False, room
     receiver._cause, receiver._lost, receiver.init_time = Cause.GIVEN_UP, None, None
@@ -146,7 +152,7 @@ def test_a_request_that_fails_while_it_waits_for_memory_is_counted(monkeypatch: 
         receiver = kv_receiver(peers, None)
         receiver.kv_mgr.forget_prefill = lambda address: None  # type: ignore[method-assign]
         receiver._lose_ranks(Failure("Lost the connection to prefill rank 0.", Cause.LOST))
-        assert receiver.is_lost and receiver.conclude_state is None
+        assert receiver.conclude_state is None
         assert [receiver.poll(), receiver.poll()] == [KVPoll.Failed] * 2
         with pytest.raises(KVTransferError, match="Lost the connection"):
             receiver.failure_exception()

@@ -185,7 +185,7 @@ MORE_THAN_HEADS = [(8, 1), (8, 4), (8, 8), (8, 16), (16, 8)]
 def test_each_decode_rank_gets_its_heads(
     prefill_size: int, decode_size: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(dp_size=1))
+    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(num_dp_ranks=1))
     source, target = np.arange(10, 31), np.arange(30, 51)[::-1].copy()
     with servers(prefill_size, decode_size) as peers:
         rooms = []
@@ -234,14 +234,21 @@ def kv_sender(endpoint: SendingEndpoint, reasons: Reasons = ALONE) -> ZmqKVSende
         waiting_timeout=30.0,
         failure_records={},
         reasons=reasons,
+        sender_trace_module=None,
+        deferred_bootstrap=None,
+        defer_decode_allocation=False,
+        req_to_decode_prefix_len={},
+        transfer_infos={},
+        _staging_ctx=None,
+        _maybe_ack_drained_abort=lambda room: None,
     )
-    return ZmqKVSender(manager, "127.0.0.1:1", 1, [0], 0)  # type: ignore[arg-type]
+    return ZmqKVSender(manager, "127.0.0.1:1", 1)  # type: ignore[arg-type]
 
 
 def test_a_rank_that_did_not_fail_itself_says_why_another_one_did(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the one that answers the client, and counts the same cause."""
     counted: list[Cause] = []
-    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(dp_size=1))
+    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(num_dp_ranks=1))
     store = dist.HashStore()
     with servers(2, 1) as peers:
         first, second = (kv_sender(endpoint, Reasons(store)) for endpoint in peers.senders)

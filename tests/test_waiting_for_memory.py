@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch.distributed as dist
 from asking import prompts
 from conftest import cluster, running, thorough
 from halves import ask_half, end_hog, server_of, start_hog
-from ranks import run_ranks
-from sglang_apb.patches.waiting_for_memory import _poll_if_one_is_lost
 from test_server_faults import PROMISE_S, schedulers, stopped
 from transfer_peers import wait_for
 
 SHORT, LONG = 300, 2200
 # Decode's pool: holds the long prompt, or one that may grow by HOG_TOKENS, but not both.
 DECODE_TOKENS, HOG_TOKENS = 3000, 2200
-
-
-class Queue(SimpleNamespace):
-    """SGLang's, of requests that wait for memory; for each, whether its prefill rank is lost."""
-
-    @classmethod
-    def of(cls, are_lost: Sequence[bool], group: Any = None) -> Queue:
-        queue = [
-            SimpleNamespace(waiting_for_input=True, kv_receiver=SimpleNamespace(is_lost=lost)) for lost in are_lost
-        ]
-        return cls(queue=queue, gloo_group=group)
-
-    def is_polled(self) -> bool:
-        """SGLang polls all requests when one is not known to wait."""
-        _poll_if_one_is_lost(self, None, None, None)
-        return not all(request.waiting_for_input for request in self.queue)
-
-
-def find_lost(group: Any) -> list[bool]:
-    """The first request is lost on the second rank alone; then none is."""
-    is_second = dist.get_rank() == 1
-    return [Queue.of(are_lost, group).is_polled() for are_lost in ([is_second, False], [False, False], [])]
-
-
-def test_ranks_poll_together_when_one_has_lost_a_request() -> None:
-    assert run_ranks(2, find_lost) == [[True, False, False]] * 2
 
 
 @thorough

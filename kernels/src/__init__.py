@@ -9,7 +9,7 @@ import torch
 from sglang_apb.kernels.merge import merge_reference, merge_triton
 from sglang_apb.kernels.pack import pack_reference, pack_triton
 from sglang_apb.kernels.scores import scores_reference, scores_triton
-from sglang_apb.kernels.select import select_reference, select_triton
+from sglang_apb.kernels.select import CHUNKS, select_reference, select_triton
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class Kernels:
     select: Callable[..., torch.Tensor]
     pack: Callable[..., None]
     merge: Callable[..., None]
+    # How many candidates a block has at most, for each of the forms that `select` is compiled in.
+    select_lengths: tuple[int, ...] = ()
 
 
 REFERENCE = Kernels(scores_reference, select_reference, pack_reference, merge_reference)
-TRITON = Kernels(scores_triton, select_triton, pack_triton, merge_triton)
+TRITON = Kernels(scores_triton, select_triton, pack_triton, merge_triton, CHUNKS)

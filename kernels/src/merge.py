@@ -73,7 +73,8 @@ def merge_triton(
     )
 
 
-@triton.jit(do_not_specialize=["num_pairs"])  # prompts differ in it: nothing is to be compiled for each
+# Prompts differ in these: nothing is to be compiled for each. With an odd number of heads, a row's LSEs lie anywhere.
+@triton.jit(do_not_specialize=["num_pairs"], do_not_specialize_on_alignment=["lses", "merged_lse"])
 def _merge_kernel(
     outs,
     out_strides_row,

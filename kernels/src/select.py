@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from sglang_apb.kernels.candidates import Candidates
 
-MAX_CHUNK = 8192
+# Candidates that are looked at together: the fewest that a block fits in, or its parts of the most.
+CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def select_reference(scores: torch.Tensor, candidates: Candidates) -> torch.Tensor:
@@ -30,7 +31,7 @@ def select_triton(scores: torch.Tensor, candidates: Candidates) -> torch.Tensor:
     """
     num_blocks, num_kv_heads, max_length = scores.shape
     rows = torch.empty(candidates.num_selected, num_kv_heads, dtype=torch.int32, device=scores.device)
-    chunk = min(MAX_CHUNK, triton.next_power_of_2(max(max_length, 128)))
+    chunk = next((chunk for chunk in CHUNKS if chunk >= max_length), CHUNKS[-1])
     _select_kernel[(num_blocks, num_kv_heads)](
         scores,
         candidates.table,

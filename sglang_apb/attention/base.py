@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +56,14 @@ class Attention(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Build:
+    """A call whose first time compiles; `name` says to the user what."""
+
+    name: str
+    run: Callable[[], object]
+
+
 class AttentionEngine(ABC):
     """Plans a prompt's attention once; every layer then runs the plans.
 
@@ -70,3 +78,9 @@ class AttentionEngine(ABC):
 
         A call's pieces are causal ones whose keys follow each other, as their queries do, or none of them is causal.
         """
+
+    def builds(
+        self, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Iterable[Build]:
+        """What has to run once, so that no prompt waits for a compiler."""
+        return ()

@@ -12,14 +12,16 @@ Its ways, each where it is the fastest (docs/performance.md):
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from sglang_apb.attention.base import Attention, AttentionEngine, Partial, Piece
+from sglang_apb.attention.base import Attention, AttentionEngine, Build, Partial, Piece
 from sglang_apb.kernels import TRITON, Kernels
+from sglang_apb.layout import Span
 
 # FlashInfer's FlashAttention-2 splits the keys of calls with few queries and keeps the parts here: 130 MB for 256
 # question tokens of 64 heads. As much as SGLang gives it (layers/attention/flashinfer_backend.py).
@@ -43,6 +45,29 @@ class FlashInferEngine(AttentionEngine):
 
     def plan(self, calls: Sequence[Sequence[Piece]]) -> list[Attention]:
         return [self._plan(index, tuple(pieces)) for index, pieces in enumerate(calls)]
+
+    def builds(
+        self, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ) -> Iterable[Build]:
+        """Each of FlashInfer's modules, and our merging of each number of parts."""
+        queries_of = {
+            _num_parts(Piece(n, Span(0, n)), num_q_heads, num_multiprocessors(device)): n
+            for n in range(QUERIES_A_BLOCK, _queries_of_one_part(num_q_heads, device) + 1, QUERIES_A_BLOCK)
+        }
+
+        def attend(piece: Piece) -> None:
+            widths = (num_q_heads, num_kv_heads, num_kv_heads)
+            rows = torch.randn(piece.num_queries, sum(widths), head_dim, dtype=dtype, device=device)
+            (attention,) = self.plan([[piece]])
+            q, k, v = rows.split(widths, dim=1)
+            attention(q, k, v, head_dim**-0.5)
+
+        one_block = Span(0, QUERIES_A_BLOCK)
+        yield Build("FlashInfer's ragged attention", partial(attend, Piece(len(one_block), one_block, causal=True)))
+        for num_parts, num_queries in queries_of.items():
+            name = "FlashInfer's single attention" if num_parts == 1 else f"merging of {num_parts} parts"
+            yield Build(name, partial(attend, Piece(num_queries, Span(0, num_queries))))
+        yield Build("FlashInfer's cascade, by which SGLang merges a long exact prompt's chunks", _build_cascade)
 
     def _plan(self, index: int, pieces: tuple[Piece, ...]) -> Attention:
         attention: Attention | None = None
@@ -193,7 +218,7 @@ class _InParts:
         return Partial(out, lse)
 
 
-def num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device | str) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -203,6 +228,17 @@ def _num_parts(piece: Piece, num_heads: int, num_multiprocessors: int) -> int:
     if 2 * num_blocks > num_multiprocessors:
         return 1
     return max(min(MAX_PARTS, BLOCKS_A_MULTIPROCESSOR * num_multiprocessors // num_blocks, len(piece.keys)), 1)
+
+
+def _queries_of_one_part(num_heads: int, device: torch.device | str) -> int:
+    """The fewest whole blocks of queries that `_num_parts` does not part the keys for."""
+    return QUERIES_A_BLOCK * (num_multiprocessors(device) // (2 * num_heads) + 1)
+
+
+def _build_cascade() -> None:
+    from flashinfer.cascade import get_cascade_module
+
+    get_cascade_module()
 
 
 def _offsets(lengths: Sequence[int]) -> torch.Tensor:

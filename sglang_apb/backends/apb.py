@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.profiler import record_function
 from sglang_apb import attention as engines
 from sglang_apb import layout as layouts
 from sglang_apb import selection
+from sglang_apb.attention.base import Build
+from sglang_apb.backends import building
 from sglang_apb.backends.activations import RowSizes
 from sglang_apb.backends.base import PADDING_SLOT, KeptTokens, PrefillBackend, Wish
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
@@ -21,7 +24,7 @@ from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup
 
-# Enough for blocks whose rows keep a GPU busy: few rows are attended by another kernel (attention/flashinfer.py).
+# Of the prompt whose layer is run before the server is ready; a longer one where the configuration cannot lay it out.
 WARM_UP_TOKENS = 32768
 
 
@@ -77,31 +80,21 @@ class ApbBackend(PrefillBackend):
         num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
         return num_local_rows * self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
 
-    def warm_up(self) -> None:
-        """Runs a layer's attention over noise: FlashInfer and Triton compile at their first use, for a minute or two,
-        and ranks meet at their first exchange.
-        """
-        model, device = self._runner.model_config, self._runner.device
-        try:
-            layout = self.plan(WARM_UP_TOKENS, Wish())
-        except layouts.LayoutError:
-            return  # the configuration is for longer prompts: the first of them compiles
-        sparse = SparseAttention(layout, self._group, self._engine, self._selector, device)
-        noise = LayerRows.random(
-            num_rows(sparse.rows.tokens),
-            model.num_attention_heads,
-            model.num_key_value_heads,
-            model.head_dim,
-            device,
-            self._runner.dtype,
-        )
-        if self._config.order == "one_pass":
-            sparse.attend(noise)
-            return
-        start, context = sparse.rows.question.start, sparse.rows.context
-        sparse.attend_context(noise.part(0, start))
-        own = noise.part(context.start, context.end)
-        sparse.attend_question(noise.part(start, len(noise.q)), own.k, own.v)
+    def builds(self) -> Sequence[Build]:
+        model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype
+        layout = self._layout_from(WARM_UP_TOKENS)
+        sparse = None
+        if layout is not None:
+            sparse = SparseAttention(layout, self._group, self._engine, self._selector, device)
+        return building.builds(self._engine, sparse, self._config.order, model, dtype, device)
+
+    def _layout_from(self, num_tokens: int) -> Layout | None:
+        """None when no prompt that fits in the model's context can be laid out."""
+        while num_tokens <= self._runner.model_config.context_len:
+            with suppress(layouts.LayoutError):
+                return self.plan(num_tokens, Wish())
+            num_tokens *= 2
+        return None
 
     def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
         device = forward_batch.input_ids.device

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_apb.attention.base import Build
 from sglang_apb.layout import Span, num_rows
 
 # SGLang's slot for padding, which no request owns: what is written there is not kept.
@@ -60,8 +61,10 @@ class PrefillBackend(ABC):
         """Memory that the prompt's rows take on the rank with most of them while a layer runs, beside its KV."""
 
     @abstractmethod
-    def warm_up(self) -> None:
-        """Compiles and allocates what would keep the first request waiting. All ranks of a GPU server call it once."""
+    def builds(self) -> Sequence[Build]:
+        """What compiles and allocates what would keep a request waiting. All ranks of a GPU server run it once, in
+        order.
+        """
 
     @abstractmethod
     def prefill(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import pkgutil
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
-import sglang_apb.patches as patches
+from sglang_apb.commands import CommandError, compare
+from sglang_apb.commands.source_tree import Tree
+from sglang_apb.commands.targets import patch_modules
 from sglang_apb.patches._patch import SGLANG_VERSION, PatchError
 
 HELP = "check versions, GPUs, plugin entry points and patches"
@@ -30,10 +31,27 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    parser.add_argument(
+        "--compare",
+        type=_tree,
+        metavar="WHEEL_OR_FOLDER",
+        help="say instead what is another in this SGLang than in the installed one, of all that the plugin depends on",
+    )
+    parser.add_argument("--diff", action="store_true", help="with --compare: also print how each of them changed")
+
+
+def _tree(path: str) -> Tree:
+    try:
+        return Tree(Path(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.compare is not None:
+        return compare.run(args.compare, with_diffs=args.diff)
+    if args.diff:
+        raise CommandError("--diff needs --compare: it prints how what is compared has changed")
     findings = [*_versions(), *_gpus(), *_entry_points(), *_patches()]
     for finding in findings:
         mark = {True: "ok", False: "WRONG", None: ""}[finding.ok]
@@ -77,11 +95,8 @@ def _entry_points() -> Iterator[Finding]:
 
 def _patches() -> Iterator[Finding]:
     """One finding a patch module, with the first target that is not the known one."""
-    for info in pkgutil.iter_modules(patches.__path__):
-        module = import_module(f"{patches.__name__}.{info.name}")
-        targets: tuple[Any, ...] = getattr(module, "PATCHES", ())
-        if targets:
-            yield _check(f"patches {info.name}", targets)
+    for name, targets in patch_modules():
+        yield _check(f"patches {name}", targets)
 
 
 def _check(name: str, targets: tuple[Any, ...]) -> Finding:

@@ -146,9 +146,14 @@ def _metadata(gguf: Path) -> dict[str, Any]:
 
 def _load_model(gguf: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    return AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16)
+    return AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),  # what stays in GGUF's blocks cannot be saved
+        dtype=torch.bfloat16,
+    )
 
 
 def _save(model: Any, tokenizer: Any, directory: Path) -> None:

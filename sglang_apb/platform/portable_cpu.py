@@ -48,45 +48,21 @@ class PortableCpuPlatform(CpuDeviceMixin, SRTPlatform):
         server_args.sleep_on_idle = True
         # A prefill server sends a cached prefix ahead of its batch by way of a CUDA event.
         os.environ.setdefault("SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX", "0")
+        # A decode server keeps retracted KV in host memory that it registers with CUDA.
+        if server_args.disaggregation_decode_retraction_backup is None:
+            server_args.disaggregation_decode_retraction_backup = "cpu_tensor"
         _share_cores(server_args.tp_size)
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
-    def get_mha_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        return MHATokenToKVPool
-
-    def get_mla_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
-
-        return MLATokenToKVPool
-
-    def get_paged_allocator_cls(self) -> type:
-        return _token_or_paged_allocator  # type: ignore[return-value]
-
     def get_compile_backend(self, mode: str | None = None) -> str:
         return "eager"
-
-    def is_pin_memory_available(self, device: Any = None) -> bool:
-        return False
 
 
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices. Without it they take 8 times as long as float32 ones."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _token_or_paged_allocator(size: int, *, page_size: int, **kwargs: Any) -> Any:
-    """SGLang asks a platform for one allocator class, whatever the page size."""
-    from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-
-    if page_size == 1:
-        return TokenToKVPoolAllocator(size, **kwargs)
-    from sglang_apb.platform.paged_allocator import CpuPagedAllocator
-
-    return CpuPagedAllocator(size, page_size=page_size, **kwargs)
 
 
 def _share_cores(num_ranks: int) -> None:

@@ -53,6 +53,8 @@ class Registration(msgspec.Struct):
     kv_cache_dtype: Text
     load_balance_method: Text = "follow_bootstrap_room"
     enable_dsa_cache_layer_split: bool = False
+    enable_kv_cache_sharding: bool = False
+    decode_allocation_policy: Text = "early"
     prefill_http_port: Port | None = None
 
     def __post_init__(self) -> None:

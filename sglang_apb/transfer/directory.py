@@ -49,6 +49,8 @@ class ServerAnswer(msgspec.Struct):
     kv_cache_dtype: Text | None = None
     follow_bootstrap_room: bool = True
     enable_dsa_cache_layer_split: bool = False
+    enable_kv_cache_sharding: bool = False
+    decode_allocation_policy: Text = "early"
     prefill_http_port: Port | None = None
 
 

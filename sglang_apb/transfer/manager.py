@@ -13,6 +13,7 @@ from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
 
+from sglang_apb.patches import insides
 from sglang_apb.transfer import hosts, keys, planes
 from sglang_apb.transfer.bootstrap import BACKEND
 from sglang_apb.transfer.compat import Compat, describe_model
@@ -45,11 +46,13 @@ class ZmqKVManager(CommonKVManager):
         server_args: ServerArgs,
         is_mla_backend: bool | None = False,
     ):
-        _check_supported(args, disaggregation_mode, server_args, bool(is_mla_backend))
-        transfer: TransferConfig = server_args.plugin_options.transfer()
+        options = insides.resolved(server_args)
+        _check_supported(args, disaggregation_mode, options, bool(is_mla_backend))
+        self._with_metrics = options.enable_metrics
+        transfer: TransferConfig = insides.options_of(server_args).transfer()
         self.contact_seconds, self._transfer = transfer.contact_seconds, transfer
         self._keys = keys.load(transfer)
-        with _local_ip(hosts.listening_host(server_args.host)):
+        with _local_ip(hosts.listening_host(options.host)):
             super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         # Every context-parallel rank sends what it holds, and decode waits for all of them.
         self.enable_all_cp_ranks_for_transfer = True
@@ -63,7 +66,7 @@ class ZmqKVManager(CommonKVManager):
 
     def register_to_bootstrap(self) -> None:
         """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
-        self.sending = SendingEndpoint(self.local_ip, keys=self._keys, with_metrics=self.server_args.enable_metrics)
+        self.sending = SendingEndpoint(self.local_ip, keys=self._keys, with_metrics=self._with_metrics)
         self.rank_port = self.sending.port
         super().register_to_bootstrap()
 
@@ -93,7 +96,7 @@ class ZmqKVManager(CommonKVManager):
         else:
             self.receiving = ReceivingEndpoint(
                 *(pages, aux, compat, self._heads, self._keys),
-                with_metrics=self.server_args.enable_metrics,
+                with_metrics=self._with_metrics,
                 ways=planes.ways(*plane),
             )
             self.receiving.start()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferDestination
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver, KVTransferError
 
 from sglang_apb.transfer.config import ZMQ
@@ -80,6 +80,8 @@ class ZmqKVReceiver(CommonKVReceiver):
         aux_index: int | None = None,
         state_indices: list[Any] | None = None,
         decode_prefix_len: int | None = None,
+        destination: KVTransferDestination = KVTransferDestination.DEVICE,
+        device_kv_indices: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Asks all prefill ranks for the request's KV, which goes to pages `kv_indices` of the pool."""
         if self.bootstrap_infos is None or aux_index is None:
@@ -108,11 +110,6 @@ class ZmqKVReceiver(CommonKVReceiver):
         if status == KVPoll.Failed and self._room is not None and self._room.is_arriving:
             return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
         return status
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether it waits for KV memory in vain. Not yet failed: SGLang's ranks have to find out together."""
-        return self._lost is not None and self.conclude_state is None
 
     def _poll(self) -> int:
         if self._lost is not None:
@@ -190,7 +187,7 @@ class ZmqKVReceiver(CommonKVReceiver):
     def _ranks(self) -> list[Address]:
         return [Address(info["rank_ip"], info["rank_port"], info["key"]) for info in self.bootstrap_infos]
 
-    def _send_abort_notification(self) -> None:
+    def _send_abort_notification(self, *, force_arm: bool = False) -> None:
         """Called by SGLang on abort, and on timeout, when the request has not ended yet."""
         if self.conclude_state is None:
             self._cause = Cause.TIMEOUT

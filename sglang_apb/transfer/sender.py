@@ -43,11 +43,9 @@ class ZmqKVSender(CommonKVSender):
         mgr: ZmqKVManager,
         bootstrap_addr: str,
         bootstrap_room: int,
-        dest_tp_ranks: list[int],
-        pp_rank: int,
         req_has_disagg_prefill_dp_rank: bool = False,
     ):
-        super().__init__(mgr, bootstrap_addr, bootstrap_room, dest_tp_ranks, pp_rank, req_has_disagg_prefill_dp_rank)
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
         self.init_time = time.time()
         self._owned: tuple[PageRange, ...] | None = None
         self._info: dict[str, int | str] = {}
@@ -116,6 +114,7 @@ class ZmqKVSender(CommonKVSender):
         kv_indices: npt.NDArray[np.int32],
         state_indices: list[Any] | None = None,
         num_kv_tokens: int | None = None,
+        indices_event: Any = None,
     ) -> None:
         """Queues this rank's part of the request's next pages, `kv_indices` in the pool, which are final."""
         if not self._can_send():

@@ -20,7 +20,7 @@ PROJECTIONS, NORMS, KV_CACHE, FFN = "projections", "RoPE and norms", "KV cache",
 _SPREAD = 0.02
 
 Attend = Callable[[LayerRows], torch.Tensor]
-Reduce = Callable[[torch.Tensor], None]
+Reduce = Callable[[torch.Tensor], Any]
 
 
 def why_not_shared(shape: DecoderShape, num_ranks: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The servers that `bench ttft` compares: plain SGLang with one attention backend each, and APB."""
+"""The servers that `bench ttft` compares: one of plain SGLang for each way that it has, and APB's."""
 
 from __future__ import annotations
 
@@ -6,25 +6,22 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
+from sglang_apb.commands.bench import plain
 from sglang_apb.commands.bench.table import APB
 from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalServer, ServiceError, is_up, num_gpus
 
-# The same for every server. Prompts share nothing, so a prefix cache has only its upkeep to add; a grammar is not
-# asked for; and SGLang's table of 2,048 requests of a million tokens would take 8.6 GB.
-_COMMON = ("--grammar-backend", "none", "--disable-radix-cache")
-_COMMON_GPU = (
-    *("--disable-prefill-cuda-graph", "--cuda-graph-max-bs-decode", "4"),
-    *("--max-running-requests", "16", "--max-prefill-tokens", "524288"),
-)
+# The same for every server; what users have is left on: prefix cache, overlap, CUDA graphs. SGLang's table of 2,048
+# requests of a million tokens would take 8.6 GB; few decode graphs are captured sooner.
+_COMMON_GPU = ("--max-running-requests", "16", "--cuda-graph-max-bs-decode", "4")
 # With large chunks plain SGLang is at its best on long prompts. They need room beside the KV pool; APB's server does
-# not cut prompts, and sees to its room by itself.
-_PLAIN_GPU = ("--chunked-prefill-size", "65536", "--mem-fraction-static", "0.6")
+# not cut prompts, and sees to its room by itself. Prefill graphs go up to the chunk's size unless told otherwise, 170
+# of them, whose capture takes minutes; beyond 16,384 tokens the GPU is never waiting for the host.
+_PLAIN_GPU = (
+    *("--chunked-prefill-size", "65536", "--mem-fraction-static", "0.6"),
+    *("--cuda-graph-max-bs-prefill", "16384"),
+)
 _DUMMY_WEIGHTS = ("--load-format", "dummy", "--skip-tokenizer-init")
-# GPUs that sgl_kernel's FlashAttention 3 is built for, by the major number of their compute capability.
-_FA3_CAPABILITIES = (8, 9)
 _END_GRACE_S = 15.0
 _POLL_S = 0.2
 _REASON_WIDTH = 300
@@ -49,17 +46,17 @@ def plan_servers(
     bootstrap_port: int | None = None,
     extra: Sequence[str] = (),
 ) -> list[ServerPlan]:
-    """Plain SGLang with each of `backends`, then APB, each on `gpus` GPUs (ranks on a CPU).
+    """Plain SGLang in each of `backends`' ways (plain.py), then APB, each on `gpus` GPUs (ranks on a CPU).
 
-    APB's server runs short prompts and decode with the first of `backends`; with a `bootstrap_port` it is the prefill
+    APB's server runs short prompts and decode with the first one's attention; with a `bootstrap_port` it is the prefill
     server of a pair, whose ranks keep what they own. `extra` goes to all, last.
     """
     common = [*common_arguments(dummy_weights), *extra]
-    plain = [*(_PLAIN_GPU if num_gpus() else ()), "--tp", str(gpus), *common]
-    plans = [ServerPlan(backend, ("--attention-backend", backend, *plain)) for backend in backends]
+    room = _PLAIN_GPU if num_gpus() else ()
+    plans = [ServerPlan(backend, (*plain.parallel_arguments(backend, gpus), *room, *common)) for backend in backends]
     apb = ["--prefill-backend", "apb", "--sp-size", str(gpus)]
     apb += ["--prefill-backend-config", config_text] if config_text else []
-    apb += ["--attention-backend", backends[0]] if backends else []
+    apb += ["--attention-backend", plain.attention_backend(backends[0])] if backends else []
     if bootstrap_port is not None:
         apb += ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "zmq"]
         apb += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
@@ -68,14 +65,7 @@ def plan_servers(
 
 def common_arguments(dummy_weights: bool) -> list[str]:
     """What every server that is measured is started with."""
-    return [*_COMMON, *(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ())]
-
-
-def default_backends() -> list[str]:
-    """The attention backends of plain SGLang that are worth comparing with on this machine."""
-    if not num_gpus():
-        return ["torch_native"]
-    return ["flashinfer", "fa3"] if _has_fa3() else ["flashinfer"]
+    return [*(_COMMON_GPU if num_gpus() else ()), *(_DUMMY_WEIGHTS if dummy_weights else ())]
 
 
 class BenchServer(LocalServer):
@@ -106,16 +96,3 @@ class BenchServer(LocalServer):
             self.check()
             time.sleep(_POLL_S)
         raise ServiceError(f"no answer: {error}"[:_REASON_WIDTH]) from error
-
-
-def _has_fa3() -> bool:
-    """Whether the FlashAttention 3 library is there and made for these GPUs.
-
-    SGLang's own question imports sgl_kernel, which loads every kernel library.
-    """
-    import torch
-
-    spec = find_spec("sgl_kernel")
-    folders = (spec.submodule_search_locations or []) if spec else []
-    is_there = any(next(Path(folder).glob("flash_ops*.so"), None) for folder in folders)
-    return is_there and torch.cuda.get_device_capability()[0] in _FA3_CAPABILITIES

@@ -7,7 +7,6 @@ to answer. What follows -- goes to all servers.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,28 +16,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy
-import requests
-from tqdm import tqdm
-
 from sglang_apb import layout
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench import plain
 from sglang_apb.commands.bench import plot as bench_plot
 from sglang_apb.commands.bench import trace as bench_trace
 from sglang_apb.commands.bench.arguments import count, counts
 from sglang_apb.commands.bench.models import SHAPES, DecoderShape, apb_flop, exact_flop, read_config, shape_folder
-from sglang_apb.commands.bench.servers import BenchServer, ServerPlan, default_backends, plan_servers
+from sglang_apb.commands.bench.servers import BenchServer, ServerPlan, plan_servers
 from sglang_apb.commands.bench.table import APB, Timing, notes, rate_of, rate_table, ratio, ttft_table
-from sglang_apb.commands.report import prefill_report, write_result
+from sglang_apb.commands.bench.timed_prompts import time_server
+from sglang_apb.commands.report import write_result
 from sglang_apb.commands.servers import check_ports, num_gpus
 from sglang_apb.config import ApbConfig, ConfigError, parse
 
 HELP = "time to first token, APB against plain SGLang"
-_REQUEST_TIMEOUT_S = 1800.0
 _PORTS = 3  # of a server: its own, its ranks', and a prefill server's bootstrap
-# A decode server's address by which SGLang knows that there is none (disaggregation/utils.py: FAKE_BOOTSTRAP_HOST).
-_NO_DECODE = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
-_SAMPLING = {"max_new_tokens": 1, "ignore_eos": True, "temperature": 0}
 # What a result depends on; ports and folders are not among it.
 _SETTINGS = (
     "shape",
@@ -51,11 +44,6 @@ _SETTINGS = (
     "prefill_backend_config",
     "prefill_only",
 )
-
-# The index of the prompt that is profiled: none of the timed ones has it.
-_TRACED = 1 << 20
-
-Advance = Callable[[], Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends",
         type=_names,
-        help="plain SGLang's attention backends; flashinfer and, if it is "
-        "there, fa3 if left out, torch_native on a CPU",
+        help=f"plain SGLang's attention backends, and {plain.FA3_CP}: fa3 with SGLang's own context parallelism, for "
+        "several GPUs and models that it supports. If left out flashinfer and, where they can run, fa3 and "
+        f"{plain.FA3_CP}; torch_native on a CPU",
     )
     parser.add_argument("--prefill-backend-config", help="of the APB server")
     parser.add_argument(
@@ -93,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _complete(args)
+    model_config = SHAPES[args.shape] if args.shape else read_config(args.model)
+    config = _complete(args, model_config)
     with _model(args) as model:
-        model_config = read_config(model)
         plans = _plans(args)
         ports = [args.port + _PORTS * index for index in range(len(plans))]
         check_ports({f"{plan.name} server": port for plan, port in zip(plans, ports, strict=True)})
@@ -122,77 +111,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def time_server(server: BenchServer, name: str, args: argparse.Namespace, vocab_size: int) -> list[Timing]:
-    """Starts the server, times every length, and ends it. What cannot be timed has the reason in it."""
-    timings = [Timing(name, length) for length in args.lengths]
-    num_prompts = args.warm_up + args.repeats
-    more = _NO_DECODE if args.prefill_only and name == APB else {}
-    try:
-        with server:
-            server.wait_ready()
-            with tqdm(total=len(timings) * num_prompts, desc=name, unit="prompt") as progress:
-                for timing in timings:
-                    prompts = (
-                        random_prompt(args.seed, timing.length, index, vocab_size) for index in range(num_prompts)
-                    )
-                    try:
-                        time_prompts(server.url, timing, prompts, args.warm_up, more, progress.update)
-                        if args.trace and name == APB and timing.reason is None:
-                            trace_prompt(server.url, timing, args.trace, args.seed, vocab_size, more)
-                    except requests.RequestException as error:
-                        server.raise_why(error)
-    except CommandError as error:  # of this server only: the others are still worth their time
-        for timing in timings:
-            if timing.reason is None and len(timing.seconds) < args.repeats:
-                timing.reason = str(error)
-    return timings
-
-
-def time_prompts(
-    url: str,
-    timing: Timing,
-    prompts: Iterator[list[int]],
-    num_warm_up: int,
-    more: Mapping[str, Any],
-    advance: Advance = lambda: None,
-) -> None:
-    """Asks one prompt after the other, with the fields `more`; stops with the reason when one is refused.
-
-    Raises requests.RequestException when there is no answer.
-    """
-    for index, token_ids in enumerate(prompts):
-        body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING, **more})
-        started = time.perf_counter()
-        response = requests.post(
-            f"{url}/generate", data=body, headers={"Content-Type": "application/json"}, timeout=_REQUEST_TIMEOUT_S
-        )
-        seconds = time.perf_counter() - started
-        timing.reason = _refusal(response)
-        if timing.reason is not None:
-            return
-        (timing.warm_up_seconds if index < num_warm_up else timing.seconds).append(round(seconds, 6))
-        timing.prefill = prefill_report(response.json())
-        advance()
-
-
-def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: int, more: Mapping[str, Any]) -> None:
-    """Profiles one more prompt of the timing's length; files of all ranks go to folder/LENGTH.
-
-    Raises requests.RequestException when there is no answer.
-    """
-    output = (folder / str(timing.length)).resolve()
-    options = {"output_dir": str(output), "activities": ["CPU", "GPU"]}
-    requests.post(f"{url}/start_profile", json=options, timeout=_REQUEST_TIMEOUT_S).raise_for_status()
-    profiled = Timing(timing.server, timing.length)
-    time_prompts(url, profiled, iter([random_prompt(seed, timing.length, _TRACED, vocab_size)]), 0, more)
-    requests.post(f"{url}/stop_profile", timeout=_REQUEST_TIMEOUT_S).raise_for_status()
-
-
-def random_prompt(seed: int, length: int, index: int, vocab_size: int) -> list[int]:
-    """Token ids that no other length or index has, the same at every call: a cache has nothing to find."""
-    return numpy.random.default_rng([seed, length, index]).integers(vocab_size, size=length).tolist()
-
-
 def describe(timings: Sequence[Timing], work: Callable[[Timing], int | None], gpus: int) -> str:
     """The tables and what is to be said of them."""
     parts = [
@@ -216,7 +134,7 @@ def describe_traces(folder: Path, lengths: Sequence[int]) -> str:
     return "\n\n".join(["", *parts])
 
 
-def _complete(args: argparse.Namespace) -> ApbConfig:
+def _complete(args: argparse.Namespace, model_config: Mapping[str, Any]) -> ApbConfig:
     """Fills in what depends on this machine, and refuses at once what would fail later. Raises CommandError."""
     available = num_gpus()
     args.gpus = args.gpus or available or 1
@@ -224,8 +142,10 @@ def _complete(args: argparse.Namespace) -> ApbConfig:
         raise CommandError(f"--gpus {args.gpus}: this machine has {available}")
     if args.warm_up < 0:
         raise CommandError(f"--warm-up must be at least 0, not {args.warm_up}")
+    architecture = (model_config.get("architectures") or ["an unknown architecture"])[0]
     if args.backends is None:
-        args.backends = default_backends()
+        args.backends = plain.default_backends(args.gpus, architecture)
+    plain.check_backends(args.backends, args.gpus, architecture)
     if args.plot:
         bench_plot.check(args.plot)
     args.log_dir = args.log_dir or Path("logs") / time.strftime("bench-%Y%m%d-%H%M%S")
@@ -255,7 +175,7 @@ def _model(args: argparse.Namespace) -> Iterator[str]:
         yield folder
 
 
-def _vocab_size(model_config: dict[str, Any]) -> int:
+def _vocab_size(model_config: Mapping[str, Any]) -> int:
     """Models that also see or hear keep the language model's sizes in a part of their own."""
     return (model_config.get("text_config") or model_config)["vocab_size"]
 
@@ -272,21 +192,6 @@ def _work(shape: DecoderShape | None, config: ApbConfig, gpus: int) -> Callable[
         return exact_flop(shape, timing.length)
 
     return flop
-
-
-def _refusal(response: requests.Response) -> str | None:
-    """Why the server did not prefill the prompt; None when it did."""
-    if not response.ok:
-        return f"HTTP {response.status_code}: {_message(response)}"
-    finish = response.json()["meta_info"].get("finish_reason") or {}
-    return f"aborted: {finish.get('message')}" if finish.get("type") == "abort" else None
-
-
-def _message(response: requests.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(response.text.split())[:300]
 
 
 def _write(

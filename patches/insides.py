@@ -1,0 +1,232 @@
+"""What hooks read and write of SGLang's insides: resolved options, ranks, requests, batches, budgets, KV slots.
+
+Each is named here and nowhere else in the hooks. When SGLang moves one of them, this file follows, and the hooks stay
+(`sglang-apb doctor --compare` lists the targets that changed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from sglang_apb.options import PluginOptions
+from sglang_apb.requests import PARAMETER, Notes, Prompt
+
+# ---- options -------------------------------------------------------------------------------------
+
+
+def resolved(server_args: Any) -> Any:
+    """What SGLang made of its options: the record itself keeps what was typed."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    return resolved_view(server_args)
+
+
+def options_of(server_args: Any) -> PluginOptions:
+    """Ours, which `patches/server_args.py` sets beside the record's fields; they travel in its pickle."""
+    return getattr(server_args, "plugin_options", None) or PluginOptions()
+
+
+def model_config_of(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.model_override_base import model_config_of as find
+
+    return find(server_args)
+
+
+def is_pool_size_given(server_args: Any) -> bool:
+    """Whether `--mem-fraction-static` was typed; the resolved options have SGLang's default."""
+    return server_args.mem_fraction_static is not None
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def is_first_rank() -> bool:
+    from sglang.srt.runtime_context import get_parallel
+
+    return bool(get_parallel().tp_rank == 0)
+
+
+def sequence_parallel_group() -> Any:
+    """The ranks that share a prompt, as a torch.distributed group of the device's backend."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().attn_cp_group.device_group
+
+
+def world() -> Any:
+    """All ranks of the server, SGLang's GroupCoordinator: `world_size` and `cpu_group`."""
+    from sglang.srt.distributed.parallel_state import get_world_group
+
+    return get_world_group()
+
+
+def as_one_rank() -> AbstractContextManager[Any]:
+    """Within it SGLang's layers find themselves alone, with all heads."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return parallel.override(  # type: ignore[no-any-return]
+        tp_size=parallel.attn_tp_size,
+        tp_rank=parallel.attn_tp_rank,
+        tp_group=parallel.attn_tp_group,
+        attn_cp_size=1,
+        attn_cp_rank=0,
+        attn_cp_group=parallel.attn_tp_group,
+        moe_tp_size=parallel.attn_tp_size,
+    )
+
+
+# ---- requests ------------------------------------------------------------------------------------
+
+
+def notes_of(req: Any) -> Notes:
+    """What we keep of a request while it is here, made at the first call."""
+    notes = getattr(req, "prefill_notes", None)
+    if notes is None:
+        notes = req.prefill_notes = Notes()
+    return notes
+
+
+def prompt_of(req: Any) -> Prompt:
+    wants_input_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
+    needs_every_row = bool(
+        wants_input_logprobs
+        or req.return_hidden_states
+        or req.input_embeds is not None
+        or req.positional_embed_overrides is not None
+        or req.multi_item_delimiter_indices is not None
+        or req.session is not None
+    )
+    return Prompt(len(req.origin_input_ids), len(req.output_ids), req.sampling_params.custom_params, needs_every_row)
+
+
+def is_ended(req: Any) -> bool:
+    return bool(req.finished() or req.to_finish)
+
+
+def why_aborted(req: Any) -> str | None:
+    """Why the request was refused or given up; None when it was not."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    ended = req.finished_reason or req.to_finish
+    return ended.message if isinstance(ended, FINISH_ABORT) else None
+
+
+def refuse(req: Any, sentence: str) -> None:
+    """SGLang runs one token in the prompt's place, and answers with HTTP 400."""
+    req.set_finish_with_abort(sentence)
+
+
+def keep_out_of_prefix_cache(req: Any) -> None:
+    req.skip_radix_cache_insert = True
+
+
+def tell_client(req: Any, report: dict[str, Any]) -> None:
+    """`report` comes to `meta_info` with the request's next token."""
+    req.customized_info = {PARAMETER: [report]}
+
+
+# ---- batches and the prefill's budget ------------------------------------------------------------
+
+
+def is_prefill(batch: Any, model_runner: Any) -> bool:
+    return bool(batch.forward_mode.is_extend() and not model_runner.is_draft_worker)
+
+
+def is_whole(batch: Any, num_tokens: int) -> bool:
+    """Whether the batch is one request, whose `num_tokens` it computes from the first to the last."""
+    return len(batch.reqs) == 1 and batch.extend_lens[0] == num_tokens
+
+
+def num_prefills_ended(batch: Any) -> int:
+    """Prompts whose last token is in this batch. A retracted request prefills what it had generated, too."""
+    of_reqs = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+    return sum(cached + new == len(req.origin_input_ids) + len(req.output_ids) for req, cached, new in of_reqs)
+
+
+def admitted(adder: Any) -> list[Any]:
+    """Requests that are in the batch which SGLang's PrefillAdder is making."""
+    return adder.can_run_list  # type: ignore[no-any-return]
+
+
+@contextmanager
+def without_chunks(adder: Any) -> Iterator[None]:
+    chunk, adder.rem_chunk_tokens = adder.rem_chunk_tokens, None
+    try:
+        yield
+    finally:
+        adder.rem_chunk_tokens = chunk
+
+
+def charge(adder: Any, num_tokens: int) -> None:
+    """Takes `num_tokens` (negative: gives them back) from the pool's free space as the adder counts it."""
+    adder.memory_budget.total_offset += num_tokens
+    adder.memory_budget.current_offset += num_tokens
+
+
+# ---- KV slots ------------------------------------------------------------------------------------
+
+
+def take_request_row(batch: Any) -> torch.Tensor:
+    """Rows of the table of slots for the batch's requests, int64 on the host."""
+    from sglang.srt.mem_cache.allocation import alloc_req_slots
+
+    return torch.tensor(alloc_req_slots(batch.req_to_token_pool, batch.reqs, batch.tree_cache), dtype=torch.int64)
+
+
+def write_request_row(batch: Any, row: int, slots: torch.Tensor) -> None:
+    """`slots`: of the batch's one request, token after token; all of them count as allocated and computed."""
+    batch.req_to_token_pool.write((row, slice(0, len(slots))), slots.to(torch.int32))
+    (req,) = batch.reqs
+    req.kv.kv_allocated_len = req.kv.kv_committed_len = len(slots)
+
+
+def request_row(batch: Any, req: Any) -> torch.Tensor:
+    """The slots of the request's tokens [what decode has in its cache, the prompt's end), int32 on the device."""
+    table = batch.req_to_token_pool.req_to_token
+    return table[req.kv.req_pool_idx, req.start_send_idx : len(req.origin_input_ids)]  # type: ignore[no-any-return]
+
+
+def take_slots(tree_cache: Any, num_slots: int) -> torch.Tensor:
+    """Whole pages with at least `num_slots` slots, int64. Raises RuntimeError when the pool is full, as SGLang does."""
+    from sglang.srt.mem_cache.common import available_and_evictable_str, evict_from_tree_cache
+
+    allocator = tree_cache.token_to_kv_pool_allocator
+    num_slots = -(-num_slots // allocator.page_size) * allocator.page_size
+    evict_from_tree_cache(tree_cache, num_slots)
+    slots = allocator.alloc(num_slots)
+    if slots is None:
+        raise RuntimeError(f"no {num_slots} free KV slots: {available_and_evictable_str(tree_cache)}")
+    return slots  # type: ignore[no-any-return]
+
+
+def free_slots(tree_cache: Any, slots: torch.Tensor) -> None:
+    """Gives back whole pages."""
+    tree_cache.token_to_kv_pool_allocator.free_segment(slots, start_pos=0)
+
+
+def holds_kv(req: Any) -> bool:
+    return bool(req.kv.holds_kv)
+
+
+def protect_before(req: Any, token: int) -> None:
+    """SGLang leaves alone the slots of tokens before `token` when it frees the request's."""
+    req.kv.cache_protected_len = token
+
+
+# ---- the KV transfer -----------------------------------------------------------------------------
+
+
+def sender_of(req: Any) -> Any:
+    """Our KV sender of the request; None with another transfer, or without one."""
+    sender = getattr(req, "disagg_kv_sender", None)
+    return sender if hasattr(sender, "set_owned_pages") else None
+
+
+def waits_for_decode(req: Any) -> bool:
+    """Whether decode has not said yet where the request's KV goes."""
+    return bool(req.pending_bootstrap)

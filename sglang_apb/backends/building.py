@@ -1,0 +1,59 @@
+"""What a GPU server runs before it says that it is ready.
+
+FlashInfer and Triton compile at their first use, for minutes, and ranks meet at their first exchange.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from sglang_apb.attention.base import AttentionEngine, Build
+from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.kernels import Kernels
+from sglang_apb.kernels.candidates import Candidates
+from sglang_apb.layout import Span, num_rows
+
+
+def builds(
+    engine: AttentionEngine,
+    sparse: SparseAttention | None,
+    order: str,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> list[Build]:
+    """Every module and kernel that a prompt can need, in the model's `dtype`.
+
+    sparse: of a prompt whose layer is then run once, in `order`; None if none can be laid out. model: SGLang's
+    ModelConfig.
+    """
+    heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
+    found = [
+        *engine.builds(*heads, dtype, device),
+        *(
+            Build(f"selection among {length} tokens", partial(_select, engine.kernels, length, heads[1], device))
+            for length in engine.kernels.select_lengths
+        ),
+    ]
+    if sparse is not None:
+        rows = num_rows(sparse.rows.tokens)
+        found.append(Build("a layer", lambda: _attend(sparse, LayerRows.random(rows, *heads, device, dtype), order)))
+    return found
+
+
+def _select(kernels: Kernels, length: int, num_kv_heads: int, device: torch.device | str) -> None:
+    candidates = Candidates.of([Span(0, length)], [1], device)
+    kernels.select(torch.zeros(1, num_kv_heads, length, device=device), candidates)
+
+
+def _attend(sparse: SparseAttention, noise: LayerRows, order: str) -> None:
+    if order == "one_pass":
+        sparse.attend(noise)
+        return
+    start, context = sparse.rows.question.start, sparse.rows.context
+    sparse.attend_context(noise.part(0, start))
+    own = noise.part(context.start, context.end)
+    sparse.attend_question(noise.part(start, len(noise.q)), own.k, own.v)

@@ -1,0 +1,72 @@
+"""A GPU server that says it is ready has built what a sparse prompt needs: nothing is compiled while one waits.
+
+What FlashInfer, Triton and TVM-FFI (SGLang's own kernels) compile is counted by the files that they leave. Triton
+starts with an empty cache; FlashInfer's takes minutes to fill, and is the one that FLASHINFER_WORKSPACE_BASE names.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from conftest import next_port
+
+from sglang_apb.commands.bench.models import SHAPES, shape_folder
+from sglang_apb.commands.bench.servers import BenchServer, plan_servers
+from sglang_apb.commands.bench.ttft import random_prompt
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.server,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# Prompts on either side of what changes a call: blocks together and alone, parts of the question's keys, odd lengths.
+LENGTHS = (2048, 3001, 8192, 12288, 12345, 20001, 32768, 50003, 131072)
+QUESTIONS = (1, 7, 130, 300, 2000)
+COMPILED = ("*.so", "*.cubin")
+
+
+def compiled(triton_cache: Path) -> set[Path]:
+    caches = [
+        triton_cache,
+        Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home())) / ".cache" / "flashinfer",
+        Path(os.environ.get("TVM_FFI_CACHE_DIR", Path.home() / ".cache" / "tvm-ffi")),
+    ]
+    return {path for cache in caches for pattern in COMPILED for path in cache.rglob(pattern)}
+
+
+def ask(url: str, prompt: list[int], question_tokens: int | None = None) -> str:
+    wish = {} if question_tokens is None else {"prefill": {"question_tokens": question_tokens}}
+    sampling = {"max_new_tokens": 1, "ignore_eos": True, "custom_params": wish}
+    response = requests.post(f"{url}/generate", json={"input_ids": prompt, "sampling_params": sampling}, timeout=600)
+    assert response.ok, response.text[:500]
+    return str(response.json()["meta_info"]["prefill"]["method"])
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_nothing_is_compiled_once_the_server_is_ready(
+    num_ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    vocabulary = SHAPES["llama-3.1-8b"]["vocab_size"]
+    plan = plan_servers(["flashinfer"], gpus=num_ranks, dummy_weights=True)[-1]
+    with shape_folder("llama-3.1-8b") as model:
+        server = BenchServer(model, port=next_port(), log_dir=tmp_path, arguments=plan.arguments)
+        with server:
+            server.wait_ready(timeout=900)
+            before = compiled(tmp_path / "triton")
+            assert before, "no compiled file is found at all"
+            methods = {n: ask(server.url, random_prompt(0, n, 0, vocabulary)) for n in LENGTHS}
+            for question_tokens in QUESTIONS:
+                ask(server.url, random_prompt(1, 20000, question_tokens, vocabulary), question_tokens)
+            after = compiled(tmp_path / "triton")
+    log = (tmp_path / "server.log").read_text()
+    assert "Building sparse attention, 1 of " in log and "Sparse attention is ready" in log
+    assert methods[32768] == methods[131072] == "apb"
+    assert not after - before, sorted(map(str, after - before))
