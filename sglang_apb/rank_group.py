@@ -60,7 +60,7 @@ class RankGroup:
             padding = rows.new_zeros((most - len(rows), *rows.shape[1:]))
             rows = torch.cat((rows, padding))
         gathered = rows.new_empty((self.size, *rows.shape))
-        work = dist.all_gather_into_tensor(gathered.flatten(0, 1), _dense(rows), group=self._group, async_op=True)
+        work = dist.all_gather_single(gathered.flatten(0, 1), _dense(rows), group=self._group, async_op=True)
         return Pending(gathered, [work])
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:

@@ -76,6 +76,7 @@ def test_the_installed_sglang_equals_itself_in_every_target(capsys: pytest.Captu
             assert row(lines, patch.target.removesuffix("._missing_")) == "equal"
     for module in ("bootstrap", "manager", "receiver", "sender"):
         assert f"sglang_apb/transfer/{module}.py" in lines
+    assert row(lines, f"{SENDER}._check_bootstrap_timeout") == "equal", "our sender calls it, and does not override it"
 
 
 def test_comments_docstrings_and_formatting_change_nothing(other: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,16 +147,19 @@ def test_a_method_that_moved_to_a_base_is_found(other: Path, capsys: pytest.Capt
     assert status == 0 and row(lines, f"{SENDER}.poll") == "source changed"
 
 
-def test_bases_are_searched_in_python_s_order(tmp_path: Path) -> None:
+def test_names_are_found_as_python_finds_them(tmp_path: Path) -> None:
     (tmp_path / "sglang/srt").mkdir(parents=True)
     (tmp_path / "sglang/srt/server_args.py").write_text(
         "class Base:\n    def poll(self): ...\n    def send(self): ...\n"
         "class Left(Base):\n    def send(self): ...\n"
         "class Right(Base):\n    def poll(self): ...\n    def send(self): ...\n"
+        "@overload\ndef load(path: str): ...\ndef load(path): return path\n"
     )
-    bases = ["sglang.srt.server_args.Left", "sglang.srt.server_args.Right"]
-    found = [Tree(tmp_path).find_method(bases, name) for name in ("poll", "send")]
+    tree, module = Tree(tmp_path), "sglang.srt.server_args"
+    found = [tree.find_method([f"{module}.Left", f"{module}.Right"], name) for name in ("poll", "send")]
     assert [method.qualname for method in found if method] == ["Right.poll", "Left.send"]
+    load = tree.find(f"{module}.load")
+    assert load is not None and load.lines == ["def load(path): return path"]
 
 
 def test_methods_that_a_class_of_ours_is_not_ready_for_are_told(
@@ -167,6 +171,16 @@ def test_methods_that_a_class_of_ours_is_not_ready_for_are_told(
     assert status == 1 and lines[-1].endswith(" equal, 2 new")
     assert row(lines, f"{BASE_SENDER}.drain") == "new (abstract, and ours does not define it)"
     assert row(lines, f"{SENDER}.set_owned_pages") == "new (ours has the same name)"
+
+
+def test_a_function_that_the_installed_sglang_lacks_is_told_once(
+    other: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = other / "ours.py"
+    ours.write_text("from sglang.srt.models import llama\nllama.no_such()\nllama.no_such()\n")
+    monkeypatch.setattr(targets, "our_files", lambda: [targets.OurFile.read("sglang_apb/ours.py", ours)])
+    status, lines = doctor(other, capsys)
+    assert status == 1 and row(lines, "sglang.srt.models.llama.no_such") == "gone (not in the installed SGLang)"
 
 
 def test_a_wheel_and_the_package_itself_are_read_alike(other: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ class _InParts:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor | None = None
     ) -> Partial:
-        parts = self.wrapper.run(q.repeat(self.num_parts, 1, 1), k[self.keys], v[self.keys])
+        parts = self.wrapper.run(torch.cat((q,) * self.num_parts), k[self.keys], v[self.keys])
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         self.kernels.merge(parts.out.split(len(q)), parts.lse.split(len(q)), out, lse)

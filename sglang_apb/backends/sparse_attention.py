@@ -8,7 +8,7 @@ Rows are a rank's [anchor copy | own blocks | question] (`layout.RankRows`). Wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -269,25 +269,29 @@ class SparseAttention:
             partials.append(self._question(q, context_k, context_v, layer.scale))
         if self._group.rank == 0:
             partials.append(self._question_itself(q, k, v, layer.scale))
-        local = self._merge(partials, q)
-        if self._group.size == 1:
-            return lambda: local.out
-        # out and lse travel together, in float32: [num_question_tokens, num_q_heads, head_dim + 1]
-        packed = torch.cat((local.out.float(), local.lse[..., None]), dim=-1)
-        pending = self._group.gather_rows(packed, [len(packed)] * self._group.size)
-        return lambda: self._merge([Partial(part[..., :-1], part[..., -1]) for part in pending.wait()], q).out
-
-    def _merge(self, partials: Iterable[Partial], q: torch.Tensor) -> Partial:
-        """Attention of rows q over the union of the partials' keys; no partial at all is a row without keys."""
-        partials = list(partials)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        merged = Partial(out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        if self._group.size == 1:
+            self._merge(partials, out)
+            return lambda: out
+        # out and lse travel together, in float32
+        packed = q.new_empty((*q.shape[:2], q.shape[2] + 1), dtype=torch.float32)
+        self._merge(partials, packed[..., :-1], packed[..., -1])
+        pending = self._group.gather_rows(packed, [len(packed)] * self._group.size)
+
+        def answer() -> torch.Tensor:
+            self._merge([Partial(part[..., :-1], part[..., -1]) for part in pending.wait()], out)
+            return out
+
+        return answer
+
+    def _merge(self, partials: Sequence[Partial], out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+        """Writes attention over the union of the partials' keys; without any partial the rows see no key."""
         if partials:
-            self._kernels.merge([part.out for part in partials], [part.lse for part in partials], out, merged.lse)
-        else:
-            out.zero_()
-            merged.lse.fill_(-torch.inf)
-        return merged
+            self._kernels.merge([part.out for part in partials], [part.lse for part in partials], out, lse)
+            return
+        out.zero_()
+        if lse is not None:
+            lse.fill_(-torch.inf)
 
 
 def _copy_key_value(layer: LayerRows, rows: Span, target: torch.Tensor) -> None:

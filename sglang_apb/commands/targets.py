@@ -99,7 +99,7 @@ def inherited(subclass: Subclass, known: Tree) -> Iterator[Target]:
 
 
 def imported(file: OurFile, known: Tree, other: Tree) -> Iterator[Target]:
-    """Functions. Of classes and values, in which something is always new, only those that are no longer there."""
+    """Functions. Of classes and values, in which something is always new, only those that are not there."""
     for path in file.imported(known):
         found = known.find(path)
         if found is None or found.is_function or not other.find(path):

@@ -102,7 +102,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         self.init_time = time.time()
 
     def poll(self) -> int:
-        status = self._poll() if self.conclude_state is None else self.conclude_state
+        status = self._poll_transfer() if self.conclude_state is None else self.conclude_state
         if status == KVPoll.Failed and not self._has_ended:
             if own := self._own_failure():
                 self.kv_mgr.reasons.tell(self.bootstrap_room, own)
@@ -111,7 +111,7 @@ class ZmqKVReceiver(CommonKVReceiver):
             return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
         return status
 
-    def _poll(self) -> int:
+    def _poll_transfer(self) -> int:
         if self._lost is not None:
             self._fail(*self._lost)
             return KVPoll.Failed

@@ -134,13 +134,13 @@ class ZmqKVSender(CommonKVSender):
         self._last_send = time.time()
 
     def poll(self) -> int:
-        status = self._poll() if self.conclude_state is None else self.conclude_state
+        status = self._poll_transfer() if self.conclude_state is None else self.conclude_state
         if status == KVPoll.Failed and not self._has_told and (own := self._own_failure()):
             self._has_told = True
             self.kv_mgr.reasons.tell(self.bootstrap_room, own)
         return status
 
-    def _poll(self) -> int:
+    def _poll_transfer(self) -> int:
         if self.kv_mgr.request_status.get(self.bootstrap_room) == KVPoll.Failed:
             return KVPoll.Failed
         self._transfers.wait_for_others()

@@ -128,7 +128,7 @@ def link_times(group: Any, setting: InProcess) -> list[tuple[float, float]]:
     for num_bytes in (2**20, 2**26 if setting.device == "cuda" else 2**24):
         rows = torch.zeros(num_bytes, dtype=torch.uint8, device=setting.device)
         gathered = rows.new_empty(company.ranks.size * num_bytes)
-        gather = partial(dist.all_gather_into_tensor, gathered, rows, group=group)
+        gather = partial(dist.all_gather_single, gathered, rows, group=group)
         times.append(((company.ranks.size - 1) * num_bytes, stopwatch.median(gather)))
     return times
 
