@@ -17,7 +17,7 @@ trap 'kill "$pip" 2>/dev/null' EXIT
 started=$SECONDS
 while kill -0 "$pip" 2>/dev/null; do
   if ((SECONDS - started >= ${next:-0})); then
-    echo "installing into $venv (9 GB, minutes; log in $log): $((SECONDS - started)) s, $(du -sh "$venv" | cut -f1)"
+    echo "installing into $venv (11 GB, minutes; log in $log): $((SECONDS - started)) s, $(du -sh "$venv" | cut -f1)"
     next=$((SECONDS - started + 15))
   fi
   sleep 1

@@ -122,6 +122,8 @@ def refuse(req: Any, sentence: str) -> None:
 
 
 def keep_out_of_prefix_cache(req: Any) -> None:
+    """It finds nothing there, as SGLang's cache keeps what has another `extra_key` apart, and leaves nothing."""
+    req.extra_key = f"{req.extra_key or ''}\0{req.rid}"
     req.skip_radix_cache_insert = True
 
 

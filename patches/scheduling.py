@@ -1,9 +1,9 @@
-"""Targets: `Scheduler._add_request_to_queue`, `Req._compute_max_prefix_len`, `PrefillAdder.add_one_req`.
+"""Targets: `Scheduler._add_request_to_queue`, `PrefillAdder.add_one_req`.
 
 Reason: a sparse prompt is laid out as a whole. It runs alone in its batch and in one piece, and its KV depends on
 its question, so no other request may find it in the radix cache, nor it another's.
-Official points: `Scheduler.get_prefill_adder_class` and `register_radix_cache_backend` would replace the last two; they
-are for prompts that come in rounds and are found again.
+Official points: the request's `extra_key` and `skip_radix_cache_insert` keep it out of the cache.
+`Scheduler.get_prefill_adder_class` is a hook of its own, and no smaller: for prompts that come in rounds.
 """
 
 from __future__ import annotations
@@ -65,10 +65,6 @@ def _is_sparse(req: Any) -> bool:
     return insides.notes_of(req).wish is not None
 
 
-def _no_shared_prefix(original: Any, self: Any, input_len: int) -> int:
-    return 0 if _is_sparse(self) else original(self, input_len)
-
-
 def _add_alone_and_whole(
     original: Any, self: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
 ) -> Any:
@@ -100,12 +96,6 @@ PATCHES = (
         "before",
         ("self", "req", "is_retracted"),
         _decide,
-    ),
-    Patch(
-        "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
-        "around",
-        ("self", "input_len"),
-        _no_shared_prefix,
     ),
     Patch(
         "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",

@@ -1,3 +1,3 @@
-"""sglang-apb: APB sparse-attention prefill and direct KV transfer, as a plugin of SGLang 0.5.17."""
+"""sglang-apb: APB sparse-attention prefill and direct KV transfer, as a plugin of SGLang 0.5.23."""
 
 __version__ = "0.1.0"

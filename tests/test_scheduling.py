@@ -26,6 +26,7 @@ class Request:
         self.to_finish = self.error = None
         self.logprob_start_len = -1
         self.skip_radix_cache_insert = False
+        self.extra_key, self.rid = "tenant", "r1"
 
     def finished(self) -> bool:
         return False
@@ -80,7 +81,8 @@ def test_what_is_too_short_to_run_sparse(config: str, device: str, num_ranks: in
 def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
     notes = insides.notes_of(req)
-    assert notes.wish is not None and notes.kept is None and req.skip_radix_cache_insert
+    assert notes.wish is not None and notes.kept is None
+    assert req.skip_radix_cache_insert and req.extra_key == "tenant\0r1"  # no other request has this namespace
     assert notes.owned_pages == plan(500, parse(SPARSE), num_ranks=2).owned_pages(0, 1)
 
 
@@ -92,6 +94,7 @@ def test_a_prompt_that_cannot_be_laid_out_runs_exact(
     req = decided(Request(num_tokens), monkeypatch, keeps_parts=True, config=config, page_size=page_size)
     notes = insides.notes_of(req)
     assert notes.wish is None and notes.kept is None and notes.owned_pages is None and req.error is None
+    assert req.extra_key == "tenant" and not req.skip_radix_cache_insert
 
 
 def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class TorchRowOps:
 
 
 class SglangRowOps(TorchRowOps):
-    """The kernels that SGLang 0.5.17 itself runs on CUDA: one an operation, in place."""
+    """The kernels that SGLang itself runs on CUDA: one an operation, in place."""
 
     def rotation(self, positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> Any:
         """SGLang's table by position, here by row, float32 [num_rows, head_dim]; and each row's place in it."""
