@@ -47,20 +47,27 @@ class RankGroup:
         return Pending(parts, gathered.works)
 
     def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        """The same as one tensor, [num_ranks, max(counts), ...]; rows past a rank's count are 0.
+        """The same as one tensor, [num_ranks, max(counts), ...]; rows past a rank's count are 0."""
+        gathered = self.gather_together((rows,), counts)
+        return Pending(gathered.result[0], gathered.works)
+
+    def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
+        """The same for several tensors with as many rows, by one collective: a list.
 
         Both backends gather equal shapes only.
         """
-        if len(rows) != counts[self.rank]:
-            raise ValueError(f"rank {self.rank} announced {counts[self.rank]} rows and has {len(rows)}")
+        if any(len(rows) != counts[self.rank] for rows in parts):
+            raise ValueError(f"rank {self.rank} announced {counts[self.rank]} rows and has {len(parts[0])}")
         most = max(counts)
         if self._group is None or most == 0:
-            return Pending(rows.expand(self.size, *rows.shape))
-        if len(rows) < most:
-            padding = rows.new_zeros((most - len(rows), *rows.shape[1:]))
-            rows = torch.cat((rows, padding))
-        gathered = rows.new_empty((self.size, *rows.shape))
-        work = dist.all_gather_single(gathered.flatten(0, 1), _dense(rows), group=self._group, async_op=True)
+            return Pending([rows.expand(self.size, *rows.shape) for rows in parts])
+        sent = [_dense(_with_rows(rows, most)) for rows in parts]
+        gathered = [rows.new_empty((self.size, *rows.shape)) for rows in sent]
+        targets = [rows.flatten(0, 1) for rows in gathered]
+        if len(sent) == 1:
+            work = dist.all_gather_single(targets[0], sent[0], group=self._group, async_op=True)
+        else:
+            work = self._group.allgather_into_tensor_coalesced(targets, sent)
         return Pending(gathered, [work])
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
@@ -69,6 +76,13 @@ class RankGroup:
             return Pending(rows)
         sender = dist.get_global_rank(self._group, source)
         return Pending(rows, [dist.broadcast(rows, sender, group=self._group, async_op=True)])
+
+
+def _with_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """With zeros behind."""
+    if len(rows) == num_rows:
+        return rows
+    return torch.cat((rows, rows.new_zeros((num_rows - len(rows), *rows.shape[1:]))))
 
 
 def _dense(rows: torch.Tensor) -> torch.Tensor:

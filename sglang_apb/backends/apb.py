@@ -18,7 +18,8 @@ from sglang_apb import selection
 from sglang_apb.attention.base import Build
 from sglang_apb.backends import building
 from sglang_apb.backends.activations import RowSizes
-from sglang_apb.backends.base import PADDING_SLOT, KeptTokens, PrefillBackend, Wish
+from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
+from sglang_apb.backends.kv_cache import KvCache, Part, indices, nothing
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, num_rows
@@ -99,7 +100,7 @@ class ApbBackend(PrefillBackend):
     def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
         device = forward_batch.input_ids.device
         sparse = SparseAttention(plan, self._group, self._engine, self._selector, device)
-        cache = _KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
+        cache = KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
         rows = sparse.rows
         if self._config.order == "one_pass":
             last_layer = self._runner.model_config.num_hidden_layers - 1
@@ -116,7 +117,7 @@ class ApbBackend(PrefillBackend):
         device = forward_batch.input_ids.device
         with forward_context(ForwardContext(attn_backend=attention)):  # type: ignore[arg-type]
             return self._runner.model.model(
-                forward_batch.input_ids[_indices(tokens, device)], _indices(positions, device), forward_batch
+                forward_batch.input_ids[indices(tokens, device)], indices(positions, device), forward_batch
             )
 
     def _logits(self, forward_batch: Any, last_row: torch.Tensor) -> Any:
@@ -135,74 +136,10 @@ class ApbBackend(PrefillBackend):
         return model.logits_processor(forward_batch.input_ids[-1:], last_row, model.lm_head, metadata)
 
 
-class _KvCache:
-    """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it."""
-
-    def __init__(
-        self,
-        model_runner: Any,
-        slots: torch.Tensor,
-        layout: Layout,
-        group: RankGroup,
-        replicate: bool,
-        on_layer: Callable[[int], None],
-    ) -> None:
-        self._on_layer = on_layer
-        self.pool = model_runner.token_to_kv_pool
-        self.req_to_token_pool = model_runner.req_to_token_pool
-        self._group = group
-        self._rows = layout.rows_of(group.rank)
-        self.gathers = replicate
-        by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
-        context_slots = [slots[_indices(spans, slots.device)] for spans in by_rank]
-        self._num_context = [len(part) for part in context_slots]
-        self._own_slots = context_slots[group.rank]
-        self._question_slots = slots[layout.question.start : layout.question.end]
-        if replicate:
-            self._all_slots = torch.cat([_padded(part, max(self._num_context)) for part in context_slots])
-
-    def own_context(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cached K and V of this rank's blocks, [num_rows, num_kv_heads, head_dim] each."""
-        slots = self._own_slots
-        return self.pool.get_key_buffer(layer_id)[slots], self.pool.get_value_buffer(layer_id)[slots]
-
-    def start_context(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
-        """Starts keeping the own blocks' rows; the result finishes it."""
-        k, v = (rows[self._rows.context.start : self._rows.context.end] for rows in (k, v))
-        if not self.gathers:
-            self.pool.set_kv_buffer(layer, self._own_slots, k, v)
-            return _nothing
-        pending = [self._group.gather_padded(rows, self._num_context) for rows in (k, v)]
-
-        def finish() -> None:
-            all_k, all_v = (rows.wait().flatten(0, 1) for rows in pending)
-            self.pool.set_kv_buffer(layer, self._all_slots, all_k, all_v)
-
-        return finish
-
-    def start_question(self, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
-        """Starts keeping the question, the last rows of k and v. With it, and the context before, a layer is kept.
-
-        Ranks that will decode all take rank 0's, for the same bits everywhere (see ApbBackend._logits).
-        """
-        num_rows = len(self._question_slots)
-        if not self.gathers:
-            self.pool.set_kv_buffer(layer, self._question_slots, k[-num_rows:], v[-num_rows:])
-            self._on_layer(layer.layer_id)
-            return _nothing
-        pending = self._group.broadcast(torch.stack((k[-num_rows:], v[-num_rows:])), 0)
-
-        def finish() -> None:
-            self.pool.set_kv_buffer(layer, self._question_slots, *pending.wait())
-            self._on_layer(layer.layer_id)
-
-        return finish
-
-
 class _LayerAttention:
     """Stands in for SGLang's attention backend while a sparse prompt runs (`ForwardContext.attn_backend`)."""
 
-    def __init__(self, sparse: SparseAttention, cache: _KvCache) -> None:
+    def __init__(self, sparse: SparseAttention, cache: KvCache) -> None:
         self._sparse = sparse
         self._cache = cache
         self.token_to_kv_pool = cache.pool
@@ -236,57 +173,42 @@ class _LayerAttention:
     def _keeping(
         self,
         attend: Callable[[LayerRows, Callable[[], None]], torch.Tensor],
-        starts: Iterable[Callable[[Any, torch.Tensor, torch.Tensor], Callable[[], None]]],
+        part: Part,
         layer: Any,
         rows: LayerRows,
     ) -> torch.Tensor:
-        """attend(rows), with the rows' K and V kept before it, or sent to other ranks when `attend` says."""
+        """attend(rows), with K and V of `part` kept before it, or sent to other ranks when `attend` says."""
         finishes: list[Callable[[], None]] = []
 
         def begin() -> None:
-            finishes.extend(start(layer, rows.k, rows.v) for start in starts)
+            finishes.append(self._cache.start(part, layer, rows.k, rows.v))
 
         if not self._cache.gathers:  # as soon as can be: a transfer is waiting for it
             begin()
-        out = attend(rows, begin if self._cache.gathers else _nothing)
+        out = attend(rows, begin if self._cache.gathers else nothing)
         for finish in finishes:
             finish()
         return out
 
 
 class _OnePass(_LayerAttention):
-    def __init__(self, sparse: SparseAttention, cache: _KvCache, last_layer: int) -> None:
+    def __init__(self, sparse: SparseAttention, cache: KvCache, last_layer: int) -> None:
         super().__init__(sparse, cache)
         self._last_layer = last_layer
 
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        start = (self._cache.start_context, self._cache.start_question)
         attend = self._sparse.attend_last if layer.layer_id == self._last_layer else self._sparse.attend
-        return self._keeping(attend, start, layer, rows)
+        return self._keeping(attend, self._cache.context_and_question, layer, rows)
 
 
 class _ContextPass(_LayerAttention):
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        return self._keeping(self._sparse.attend_context, (self._cache.start_context,), layer, rows)
+        return self._keeping(self._sparse.attend_context, self._cache.context, layer, rows)
 
 
 class _QuestionPass(_LayerAttention):
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        keep_question = self._cache.start_question(layer, rows.k, rows.v)
+        finish = self._cache.start(self._cache.question, layer, rows.k, rows.v)
         out = self._sparse.attend_question(rows, *self._cache.own_context(layer.layer_id))
-        keep_question()
+        finish()
         return out
-
-
-def _nothing() -> None:
-    """What is left to do when nothing was started."""
-
-
-def _padded(slots: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.cat((slots, slots.new_full((length - len(slots),), PADDING_SLOT)))
-
-
-def _indices(spans: Iterable[Span], device: torch.device) -> torch.Tensor:
-    """The numbers in `spans`, one after the other, int64."""
-    parts = [torch.arange(span.start, span.end, device=device) for span in spans]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
