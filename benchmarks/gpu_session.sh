@@ -4,7 +4,8 @@
 #
 #   benchmarks/gpu_session.sh OUT_DIR [STEP ...]
 #
-#   pytest    tests marked gpu                            kernels   each call of a layer
+#   ready     is nothing compiled after a server is ready? First, where the kernel caches are still empty
+#   pytest    all other tests marked gpu                  kernels   each call of a layer
 #   layer     a layer by parts, beside exact attention    ttft      servers, plain and APB, 8K to 128K, with traces
 #   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
 #   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation, and a CPU's answers
@@ -29,7 +30,8 @@ step() {  # name, seconds, command ...
   echo "== $name: $result, $((SECONDS - started)) s; $(tail -1 "$out/$name.log")"
 }
 
-run_pytest() { step pytest 560 python3 -m pytest -m gpu -q tests; }
+run_ready() { step ready 580 python3 -m pytest -q tests/test_gpu_ready.py; }
+run_pytest() { step pytest 580 python3 -m pytest -m gpu -q tests --ignore tests/test_gpu_ready.py; }
 run_kernels() {
   step kernels 240 "${bench[@]}" kernels --lengths 32768,131072 --ranks "$gpus" --output "$out/kernels.json"
 }
@@ -54,6 +56,6 @@ run_chats() {
     -- --attention-backend flashinfer
 }
 
-for name in ${@:-pytest kernels layer ttft answers chats}; do
+for name in ${@:-ready pytest kernels layer ttft answers chats}; do
   "run_$name"
 done

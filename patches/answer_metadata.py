@@ -3,6 +3,8 @@ builders and streams. Reason: the answer says how its prompt was prefilled.
 
     /generate         meta_info["prefill"] = {"method": "apb", ...}
     OpenAI            metadata["prefill"], in a stream on the chunk that carries the finish reason
+
+Official point tried: `return_meta_info` is for clients that ask, of chats that do not stream.
 """
 
 from __future__ import annotations

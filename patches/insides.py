@@ -121,9 +121,12 @@ def refuse(req: Any, sentence: str) -> None:
     req.set_finish_with_abort(sentence)
 
 
-def keep_out_of_prefix_cache(req: Any) -> None:
-    """It finds nothing there, as SGLang's cache keeps what has another `extra_key` apart, and leaves nothing."""
+def find_nothing_cached(req: Any) -> None:
+    """SGLang's prefix cache keeps what has another `extra_key` apart."""
     req.extra_key = f"{req.extra_key or ''}\0{req.rid}"
+
+
+def leave_nothing_cached(req: Any) -> None:
     req.skip_radix_cache_insert = True
 
 
@@ -227,6 +230,11 @@ def sender_of(req: Any) -> Any:
     """Our KV sender of the request; None with another transfer, or without one."""
     sender = getattr(req, "disagg_kv_sender", None)
     return sender if hasattr(sender, "set_owned_pages") else None
+
+
+def has_decode_server(req: Any) -> bool:
+    """Whether a decode server waits for the request, on a prefill server."""
+    return req.bootstrap_room is not None
 
 
 def waits_for_decode(req: Any) -> bool:

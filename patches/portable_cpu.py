@@ -2,6 +2,9 @@
 
 - `GroupCoordinator.__init__`: with more than one rank it opens pynccl, which needs a GPU.
 - `Scheduler.on_idle`: a scheduler that waits for KV polls without a pause, on a core that the prefill needs.
+
+Official points tried: the platform says which device a group is on, not which communicators; `sleep_on_idle` is for a
+scheduler that has nothing to wait for.
 """
 
 from __future__ import annotations

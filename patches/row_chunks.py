@@ -1,7 +1,8 @@
 """Targets: `LlamaMLP.forward` (Mistral's too), `Qwen2MLP.forward` (Qwen3's too).
 
 Reason: a sparse prompt is not chunked. All its rows at once would take 10 times their hidden states' memory in the
-feed-forward layers (Llama-3.1-8B: 22 GB for 256K rows), which treat each row alone.
+feed-forward layers (Llama-3.1-8B: 22 GB for 256K rows), which treat each row alone. Official point tried: SGLang cuts
+prompts into chunks instead, which a sparse prompt cannot be.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Target: `configure_scheduler_process`. Reason: the first call in a rank process that knows the server's
-arguments, and so the place to apply the other patches there (the parent does it where ServerArgs is built).
+arguments, and so the place to apply the other patches there (the parent does it while they are resolved). Official
+point tried: plugins are loaded in a rank process before it has the arguments.
 """
 
 from __future__ import annotations

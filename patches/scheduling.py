@@ -32,7 +32,11 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
     runner, prompt = self.tp_worker.model_runner, insides.prompt_of(req)
     backend, options = backend_of(runner), insides.options_of(self.server_args)
     shortest = config.parse(options.config_text).shortest_sparse(runner.device, options.sp_size)
-    wish, kept, owned = requests.wish_of(prompt, shortest), None, None
+    try:
+        wish, kept, owned = requests.wish_of(prompt, shortest), None, None
+    except requests.RequestError as error:  # from a process that does not check (patches/request_checks.py)
+        insides.refuse(req, str(error))
+        return
     if wish is not None:
         try:
             plan = backend.plan(prompt.num_tokens, wish)
@@ -44,7 +48,8 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
         return
     notes.wish, notes.kept, notes.owned_pages = wish, kept, owned
     if wish is not None:
-        insides.keep_out_of_prefix_cache(req)
+        insides.find_nothing_cached(req)
+        insides.leave_nothing_cached(req)
 
 
 def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None) -> str:

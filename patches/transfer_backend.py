@@ -4,15 +4,18 @@
 - `prefill.PrefillBootstrapQueue._init_kv_manager` and `decode.DecodePreallocQueue._init_kv_manager` build the
   manager from raw addresses; ours also needs the pool's tensors (GPU memory) and the model's configuration.
 
-With another backend every one of these does what it did before.
+- `prefill.is_unadmitted_reject`, on a prefill server, drops a prompt that was refused before it has a sender: decode
+  would wait for it. On a decode server the function is left alone.
+
+With another backend every one of these does what it did before. Official point: the choices on the command line.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb.transfer.config import BACKEND
@@ -58,7 +61,7 @@ def _find_class(original: Callable[..., Any], transfer_backend: Any, class_type:
         KVClassType.MANAGER: ZmqKVManager,
         KVClassType.SENDER: ZmqKVSender,
         KVClassType.RECEIVER: ZmqKVReceiver,
-        KVClassType.BOOTSTRAP_SERVER: partial(ZmqKVBootstrapServer, public_key=_public_key),
+        KVClassType.BOOTSTRAP_SERVER: ZmqKVBootstrapServer.with_key(_public_key),
     }[class_type]
 
 
@@ -69,8 +72,7 @@ def use_key(public_key: str) -> None:
 
 
 def _refuse_later(original: Any, req: Any) -> bool:
-    """SGLang drops a prompt that it refuses before it has a sender; the decode server would wait for it in vain."""
-    return False
+    return False if insides.has_decode_server(req) else original(req)
 
 
 def _start_manager(manager: Any, queue: Any) -> None:
@@ -81,7 +83,8 @@ def _start_manager(manager: Any, queue: Any) -> None:
 PATCHES: tuple[Patch, ...] = (
     Patch(f"{_MODULE}.utils.TransferBackend._missing_", "around", ("cls", "value"), _find_backend),
     Patch(f"{_MODULE}.utils.get_kv_class", "around", ("transfer_backend", "class_type"), _find_class),
-    Patch(f"{_MODULE}.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),
     Patch(f"{_MODULE}.prefill.PrefillBootstrapQueue._init_kv_manager", "after", ("self",), _start_manager),
     Patch(f"{_MODULE}.decode.DecodePreallocQueue._init_kv_manager", "after", ("self",), _start_manager),
 )
+# SGLang's registry puts a hook wherever the function was imported: in decode's module, too.
+PREFILL_PATCHES = (Patch(f"{_MODULE}.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),)

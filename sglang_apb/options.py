@@ -40,6 +40,7 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "dllm_algorithm": ((None,), "--dllm-algorithm", "diffusion models have no prefill"),
     "enable_hisparse": ((False,), "--enable-hisparse", "it keeps part of the KV off the GPU"),
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
+    "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
 

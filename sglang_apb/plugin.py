@@ -71,6 +71,8 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         wanted += model_parallel.PATCHES
     if our_transfer:
         wanted += transfer_backend.PATCHES
+        if server_args.disaggregation_mode == "prefill":
+            wanted += transfer_backend.PREFILL_PATCHES
         keys = transfer_keys.load(options.transfer())
         transfer_backend.use_key(keys.public if keys else "")
     if options.is_set and server_args.disaggregation_mode == "prefill":

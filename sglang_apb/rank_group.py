@@ -37,17 +37,11 @@ class RankGroup:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
-    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        """Starts collecting every rank's rows: a list of [counts[rank], ...], one tensor a rank.
+    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
+        """Starts collecting every rank's rows: [num_ranks, max(counts), ...]; rows past a rank's count are 0.
 
         rows: [counts[self.rank], ...]. `counts` is the same on all ranks.
         """
-        gathered = self.gather_padded(rows, counts)
-        parts = [part[:count] for part, count in zip(gathered.result, counts, strict=True)]
-        return Pending(parts, gathered.works)
-
-    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        """The same as one tensor, [num_ranks, max(counts), ...]; rows past a rank's count are 0."""
         gathered = self.gather_together((rows,), counts)
         return Pending(gathered.result[0], gathered.works)
 
@@ -67,7 +61,7 @@ class RankGroup:
         if len(sent) == 1:
             work = dist.all_gather_single(targets[0], sent[0], group=self._group, async_op=True)
         else:
-            work = self._group.allgather_into_tensor_coalesced(targets, sent)
+            work = self._group.all_gather_single_coalesced(targets, sent)
         return Pending(gathered, [work])
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:

@@ -67,7 +67,7 @@ def test_nothing_is_compiled_once_the_server_is_ready(
             assert before, "no compiled file is found at all"
             methods = {ask(server.url, random_prompt(0, length, 0, vocabulary)) for length in lengths}
             for question_tokens in QUESTIONS:
-                ask(server.url, random_prompt(1, 20000, question_tokens, vocabulary), question_tokens)
+                methods.add(ask(server.url, random_prompt(1, 20000, question_tokens, vocabulary), question_tokens))
             after = compiled(tmp_path / "triton")
     log = (tmp_path / "server.log").read_text()
     assert "Building sparse attention, 1 of " in log and "Sparse attention is ready" in log

@@ -74,6 +74,16 @@ def test_our_options_travel_in_the_pickle_and_set_the_ranks(model: str) -> None:
     assert "sglang.srt.model_executor.model_runner.ModelRunner._forward_raw" in patched(result)
 
 
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_a_refused_prompt_reaches_its_sender_on_prefill_servers_only(mode: str, model: str) -> None:
+    """SGLang's registry hooks a function in every module that has it: decode would lose its own refusals."""
+    result = parse("--model-path", model, "--disaggregation-mode", mode, "--disaggregation-transfer-backend", "zmq")
+    assert result.returncode == 0, result.stderr[-2000:]
+    hooked = "sglang.srt.disaggregation.prefill.is_unadmitted_reject" in patched(result)
+    assert hooked == (mode == "prefill")
+    assert "sglang.srt.disaggregation.utils.get_kv_class" in patched(result)
+
+
 def test_help_shows_our_options() -> None:
     command = [sys.executable, "-m", "sglang.launch_server", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
@@ -115,6 +125,7 @@ REFUSED = {
     (*APB, "--pp-size", "2"): "--pp-size (2) does not go with",
     (*APB, "--dp-size", "2"): "--dp-size (2) does not go with",
     (*APB, "--disaggregation-mode", "decode"): "belongs on the prefill server",
+    (*APB, "--tokenizer-worker-num", "2"): "--tokenizer-worker-num (2) does not go with --prefill-backend apb",
     (*APB, "--enable-flexkv"): "--enable-flexkv (True) does not go with",
     (*APB, *ZMQ, "--disaggregation-enable-kv-checksum"): "--disaggregation-enable-kv-checksum (True) does not go with",
     (*APB, *ZMQ, "--optimistic-prefill-attempts", "1"): "--optimistic-prefill-attempts (1) does not go with",

@@ -97,6 +97,14 @@ def test_a_prompt_that_cannot_be_laid_out_runs_exact(
     assert req.extra_key == "tenant" and not req.skip_radix_cache_insert
 
 
+def test_a_wish_that_nobody_checked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every process that takes requests has our checks; an error here would end the scheduler."""
+    req = Request(500)
+    req.sampling_params.custom_params = {"prefill": {"exact": 1}}
+    decided(req, monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
+    assert "['exact'] must be true or false, not 1" in req.error and insides.notes_of(req).wish is None
+
+
 def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own warm-up requests, for example."""
     req = Request(5)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from asking import generate
+from asking import assert_ran_sparse, generate
 from conftest import Plain, cluster, running
 
 pytestmark = pytest.mark.server
@@ -15,20 +15,32 @@ pytestmark = pytest.mark.server
 # here: what this test is about is the early send.
 EARLY_SEND = "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"
 ASKED = (300, 1000, 300, 1300, 3000, 1000, 3000, 1300)
+SPARSE = 3000
+PAGE = 16
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_prefix_that_is_sent_early_ends_no_server(
     num_ranks: int, plain: Plain, log_dirs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exact prompts are found again; sparse ones (3,000 tokens) are not, and own pages keep their count."""
+    """Exact prompts are found again; sparse ones are not, and own pages keep their count."""
     monkeypatch.setenv(EARLY_SEND, "1")
-    monkeypatch.setenv("SGLANG_DEBUG_MEMORY_POOL", "1")  # a slot that is freed twice ends the server
+    monkeypatch.setenv("SGLANG_DEBUG_MEMORY_POOL", "1")  # a page that is freed twice ends the server
     settings = ("--prefill-backend-config", '{"passing": "all", "min_tokens": 2000}')
-    service = cluster(plain.model, next(log_dirs), num_ranks, *settings, arguments=("--disable-overlap-schedule",))
+    arguments = ("--disable-overlap-schedule", "--page-size", str(PAGE))
+    service = cluster(plain.model, next(log_dirs), num_ranks, *settings, arguments=arguments)
+    asked_before: set[int] = set()
     with running(service) as url:
         for length in ASKED:
             answer = generate(url, plain.prompts[length])
             assert answer.token_ids == plain.answers[length].token_ids, length
-        prefill = service.groups[0].log_path.read_text()
-    assert "#cached-token: 299" in prefill, "no prompt was found again"
+            assert answer.prefill is not None
+            if length == SPARSE:
+                assert_ran_sparse(answer, num_ranks)
+                assert answer.cached_tokens == 0
+                continue
+            is_found = length in asked_before
+            assert answer.cached_tokens == ((length - 1) // PAGE * PAGE if is_found else 0)
+            # Of an exact prompt in one chunk, nothing else leaves before its batch has ended.
+            assert (answer.prefill["kv_bytes_hidden"] > 0) == is_found
+            asked_before.add(length)

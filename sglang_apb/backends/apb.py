@@ -19,8 +19,8 @@ from sglang_apb.attention.base import Build
 from sglang_apb.backends import building
 from sglang_apb.backends.activations import RowSizes
 from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
-from sglang_apb.backends.kv_cache import KvCache, Part, indices, nothing
-from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.backends.kv_cache import KvCache, Part, indices
+from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention, nothing
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup

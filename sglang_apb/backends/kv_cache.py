@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sglang_apb.backends.base import PADDING_SLOT
+from sglang_apb.backends.sparse_attention import nothing
 from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import RankGroup
 
@@ -97,10 +98,6 @@ class KvCache:
         self.pool.set_kv_buffer(layer, part.slots, k, v)
         if part.ends_layer:
             self._on_layer(layer.layer_id)
-
-
-def nothing() -> None:
-    """What is left to do when nothing was started."""
 
 
 def _padded(slots: torch.Tensor, length: int) -> torch.Tensor:

@@ -71,7 +71,7 @@ class _Group:
         return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))))
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """What is left to do when nothing was started."""
 
 
@@ -149,7 +149,7 @@ class SparseAttention:
             next_row[owner] += num_passing
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
-    def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
+    def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """Context and question in one pass: [num_rows, num_q_heads, head_dim].
 
         `meanwhile` starts what else is to be sent to other ranks. It is called before attention over what was handed
@@ -167,7 +167,7 @@ class SparseAttention:
         out[question.start :] = answer()
         return out
 
-    def attend_last(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
+    def attend_last(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """Of the last layer, in one pass: the question's rows alone, [num_question_tokens, num_q_heads, head_dim].
 
         Only the prompt's last row is read after it. Of the others their K and V are needed, and no attention, so
@@ -178,7 +178,7 @@ class SparseAttention:
         meanwhile()
         return answer()
 
-    def attend_context(self, layer: LayerRows, meanwhile: Callable[[], None] = _nothing) -> torch.Tensor:
+    def attend_context(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
@@ -273,13 +273,13 @@ class SparseAttention:
         if self._group.size == 1:
             self._merge(partials, out)
             return lambda: out
-        # out and lse travel together, in float32
-        packed = q.new_empty((*q.shape[:2], q.shape[2] + 1), dtype=torch.float32)
-        self._merge(partials, packed[..., :-1], packed[..., -1])
-        pending = self._group.gather_rows(packed, [len(packed)] * self._group.size)
+        # out and lse travel together, in float32; rows of whole 16 bytes, as Triton compiles others anew
+        packed = q.new_empty((*q.shape[:2], q.shape[2] + 4), dtype=torch.float32)
+        self._merge(partials, packed[..., :-4], packed[..., -4])
+        pending = self._group.gather_padded(packed, [len(packed)] * self._group.size)
 
         def answer() -> torch.Tensor:
-            self._merge([Partial(part[..., :-1], part[..., -1]) for part in pending.wait()], out)
+            self._merge([Partial(part[..., :-4], part[..., -4]) for part in pending.wait().unbind()], out)
             return out
 
         return answer

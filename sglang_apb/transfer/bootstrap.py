@@ -83,9 +83,12 @@ def decode(body: bytes, kind: type[T]) -> T:
 class ZmqKVBootstrapServer(CommonKVBootstrapServer):
     """`public_key`: what decode servers will expect this server's ranks to have; "" without keys."""
 
-    def __init__(self, host: str, port: int, public_key: str = ""):
-        self._public_key = public_key
-        super().__init__(host, port)
+    public_key = ""
+
+    @classmethod
+    def with_key(cls, public_key: str) -> type[ZmqKVBootstrapServer]:
+        """A class, which SGLang makes the server of with a host and a port."""
+        return type(cls.__name__, (cls,), {"public_key": public_key})
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
         return await self._checked(request, Registration, super()._handle_route_put)
@@ -124,7 +127,7 @@ class ZmqKVBootstrapServer(CommonKVBootstrapServer):
         if asks_for_server and response.status == 200:
             response.headers["X-Transfer-Backend"] = BACKEND
             response.headers["X-Transfer-Version"] = str(VERSION)
-            response.headers[KEY_HEADER] = self._public_key
+            response.headers[KEY_HEADER] = self.public_key
         return response
 
 

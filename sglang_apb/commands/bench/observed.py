@@ -96,9 +96,6 @@ class ObservedGroup(RankGroup):
     def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
         return self._shown(self._observe(COMMUNICATION, self._ranks.gather_padded, rows, counts))
 
-    def gather_rows(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        return self._shown(self._observe(COMMUNICATION, self._ranks.gather_rows, rows, counts))
-
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         return self._shown(self._observe(COMMUNICATION, self._ranks.broadcast, rows, source))
 
