@@ -105,7 +105,7 @@ def test_calls_of_a_layer_counted_by_hand() -> None:
         "scores": (2 + 3) * 64 + 2 * 2 * 3 * 4,
         "select": 2 * 2 * 3 * 4 + 2 * 4,
         "pack": 2 * 4 + 2 * (64 + 64),
-        "merge of 2, 2 rows": (2 + 1) * (2 * 128 + 2 * 4 * 4),
+        "merge of 2, 2 rows": 3 * (2 * 128) + 2 * (2 * 4 * 4),
         "merge of 2, 3 rows": 3 * (3 * 128) + 2 * (3 * 4 * 4),
     }
     gathered = bench_calls.gather_case(setting(), layout, 0, attention.create("torch"))
@@ -361,8 +361,8 @@ def test_a_stand_in_counts_what_a_rank_would_receive(rank: int) -> None:
     sparse = SparseAttention(layout, group, attention.create("torch"), selection.create("query"), "cpu")
     out = sparse.attend(bench_calls.random_rows(setting(), num_rows(layout.rows_of(rank).tokens)))
     assert torch.isfinite(out).all()
-    # K and V of a token are 128 bytes. Anchor 1 token, the other rank's most 1; the question's 2 rows, 4 heads, 8 + 1.
-    assert group.received == [128, 128, 2 * 4 * 9 * 4]
+    # K and V of a token are 128 bytes. Anchor 1 token, the other rank's most 1; the question's 2 rows, 4 heads, 8 + 4.
+    assert group.received == [128, 128, 2 * 4 * 12 * 4]
 
 
 def test_a_share_alone_gets_the_projection_on_top() -> None:

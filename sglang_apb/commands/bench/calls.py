@@ -181,5 +181,5 @@ def _num_bytes(call: Call) -> int:
         return rows.nbytes + 2 * out.nbytes
     if call.part == MERGE:
         outs, lses, *written = call.args
-        return sum(x.nbytes for x in (*outs, *lses, *written))
+        return sum(x.nbytes for x in (*outs, *lses, *written) if x is not None)
     return 0
