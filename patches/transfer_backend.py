@@ -2,12 +2,7 @@
 
 - `utils.TransferBackend` is an Enum without our name, and `utils.get_kv_class` a chain of ifs over it.
 - `prefill.PrefillBootstrapQueue._init_kv_manager` and `decode.DecodePreallocQueue._init_kv_manager` build the
-  manager from raw addresses; ours also needs the pool's tensors (GPU memory) and the model's configuration.
-
-- `prefill.is_unadmitted_reject`, on a prefill server, drops a prompt that was refused before it has a sender: decode
-  would wait for it. On a decode server the function is left alone.
-
-With another backend every one of these does what it did before. Official point: the choices on the command line.
+  manager from raw addresses; ours also needs the pool's tensors XX another backend every one of these does what it did before. Official point: the choices on the command line.
 """
 
 from __future__ import annotations
@@ -15,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb.transfer.config import BACKEND
@@ -71,10 +65,6 @@ def use_key(public_key: str) -> None:
     _public_key = public_key
 
 
-def _refuse_later(original: Any, req: Any) -> bool:
-    return False if insides.has_decode_server(req) else original(req)
-
-
 def _start_manager(manager: Any, queue: Any) -> None:
     if queue.transfer_backend.value == BACKEND:
         manager.start(queue.token_to_kv_pool, queue.scheduler.model_config)
@@ -86,5 +76,3 @@ PATCHES: tuple[Patch, ...] = (
     Patch(f"{_MODULE}.prefill.PrefillBootstrapQueue._init_kv_manager", "after", ("self",), _start_manager),
     Patch(f"{_MODULE}.decode.DecodePreallocQueue._init_kv_manager", "after", ("self",), _start_manager),
 )
-# SGLang's registry puts a hook wherever the function was imported: in decode's module, too.
-PREFILL_PATCHES = (Patch(f"{_MODULE}.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),)

@@ -49,6 +49,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         model_parallel,
         pd_decode,
         pd_prefill,
+        pd_refusal,
         portable_cpu,
         prefill_forward,
         prompt_memory,
@@ -72,7 +73,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if our_transfer:
         wanted += transfer_backend.PATCHES
         if server_args.disaggregation_mode == "prefill":
-            wanted += transfer_backend.PREFILL_PATCHES
+            wanted += pd_refusal.PATCHES
         keys = transfer_keys.load(options.transfer())
         transfer_backend.use_key(keys.public if keys else "")
     if options.is_set and server_args.disaggregation_mode == "prefill":
