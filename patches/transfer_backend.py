@@ -2,7 +2,9 @@
 
 - `utils.TransferBackend` is an Enum without our name, and `utils.get_kv_class` a chain of ifs over it.
 - `prefill.PrefillBootstrapQueue._init_kv_manager` and `decode.DecodePreallocQueue._init_kv_manager` build the
-  manager from raw addresses; ours also needs the pool's tensors XX another backend every one of these does what it did before. Official point: the choices on the command line.
+  manager from raw addresses; ours also needs the pool's tensors (GPU memory) and the model's configuration.
+
+With another backend every one of these does what it did before. Official point: the choices on the command line.
 """
 
 from __future__ import annotations
