@@ -35,6 +35,7 @@ from sglang_apb.transfer.sending import SendingEndpoint
 NUM_PREFILL, NUM_DECODE, NUM_AT_ONCE = 4, 2, 8
 PAGES_A_REQUEST = 40
 CONTACT_S = 5.0  # a prefill rank gives up a request of which no decode server has spoken
+SETTLES_S = 1.0  # after a process goes on, in which its timers and its peers' may still find that it had stopped
 LIMIT_S = 12.0  # 5 s to notice a fault, and time for a busy machine
 MAX_GROWTH_MIB = 30
 _UNUSED = 0xEE
@@ -165,6 +166,7 @@ class Worker:
     main: Callable[[Connection, int], None]
     seed: int
     stopped_until: float = 0.0
+    continued: float = 0.0
     begun: Left | None = None
     process: Any = None
     pipe: Any = None
@@ -266,7 +268,7 @@ class Soak:
         )
         job, now = Job(self.report.requests, sources, pages), time.monotonic()
         request = Request(job, [*ranks, target], now, waiting=[*ranks, target])
-        if any(worker.stopped_until for worker in request.workers):
+        if any(worker.stopped_until or now - worker.continued < SETTLES_S for worker in request.workers):
             request.struck = now
         self._running[job.room] = request
         for worker in request.workers:
@@ -297,7 +299,7 @@ class Soak:
         for worker in self._workers:
             if worker.stopped_until and worker.stopped_until <= now:
                 os.kill(worker.process.pid, signal.SIGCONT)
-                worker.stopped_until = 0.0
+                worker.stopped_until, worker.continued = 0.0, now
                 for request in self._running.values():
                     if worker in request.workers:
                         request.struck = now
