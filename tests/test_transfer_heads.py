@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -214,6 +215,30 @@ def test_each_decode_rank_gets_its_heads(
         for sender in senders:
             sender.clear()
     assert "dropped a frame" not in caplog.text
+
+
+def test_what_is_sent_after_the_prefill_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it is on its way before the end is queued."""
+    monkeypatch.setattr(conn, "get_parallel", lambda: SimpleNamespace(num_dp_ranks=1))
+    with servers(1, 1) as peers:
+        room = peers.receivers[0].open(1, [Address("127.0.0.1", peers.senders[0].port)], np.arange(21), 3)
+        sender = kv_sender(peers.senders[0])
+        assert wait_for(lambda: sender.poll() == KVPoll.WaitingForInput)
+        transfers = sender._transfers
+        finish = transfers.finish
+
+        def finish_late(*arguments: Any) -> None:
+            assert wait_for(lambda: sender.num_bytes == rows_bytes(21))
+            finish(*arguments)
+
+        monkeypatch.setattr(transfers, "finish", finish_late)
+        sender.init(21, 2)
+        sender.send(np.arange(8))
+        assert wait_for(lambda: sender.num_bytes == rows_bytes(8))
+        sender.send(np.arange(8, 21))
+        assert received(room), room.reason
+        assert (room.assembly.num_hidden_bytes, room.assembly.num_bytes) == (rows_bytes(8), rows_bytes(21))
+        sender.clear()
 
 
 ALONE = Reasons(None)

@@ -123,6 +123,7 @@ def test_layers_go_as_they_become_final_and_others_do_not_wait() -> None:
             assert decode.assembly.num_bytes == layer * 20 * (96 + 160)
             final[layer] = True
         assert wait_for(lambda: room.num_bytes == 20 * sum(ITEM_LENS))
+        room.end_prefill()
         peers.senders[0].finish(room, 0, {})
         assert received(decode), decode.reason
         assert rows(peers.pool, target[:20]) == rows(peers.pools[0], source[:20])

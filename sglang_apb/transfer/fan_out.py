@@ -75,6 +75,10 @@ class FanOut:
         for room in self.rooms:
             self._endpoint.announce(room, ranges)
 
+    def end_prefill(self) -> None:
+        for room in self.rooms:
+            room.end_prefill()
+
     def send_pages(
         self, pages: PageRange, ids: PageIdsLater, layers: Sequence[int], is_final: IsFinal = always
     ) -> None:

@@ -88,6 +88,10 @@ class SendRoom:
     def start(self) -> None:
         self.started = time.monotonic()
 
+    def end_prefill(self) -> None:
+        """What is sent from now on was not hidden behind the prefill."""
+        self.num_hidden_bytes = self.num_bytes
+
     def next_frame(self) -> list[Buffer] | None:
         """None when nothing is left, or nothing that is final. Raises what reading the pages raises."""
         while self.outbox and self.outbox[0].is_final():

@@ -124,11 +124,13 @@ class ZmqKVSender(CommonKVSender):
             self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
             return
         is_final = self._take_is_final()
+        if is_last := self.curr_idx == self.num_kv_indices:
+            self._transfers.end_prefill()
         layers = [layer for layer in range(self.kv_mgr.num_layers) if layer not in self._streamed]
         for start, end in ownership.clip(self._announce(), (first, self.curr_idx)):
             ids = kv_indices[start - first : end - first].astype(np.int64)
             self._transfers.send_pages((start, end), partial(_same, ids), layers, is_final)
-        if self.curr_idx == self.num_kv_indices:
+        if is_last:
             aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 and self._share()[0] == 0 else None
             self._transfers.finish(aux_index, self._info)
         self._last_send = time.time()

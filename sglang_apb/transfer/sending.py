@@ -117,8 +117,7 @@ class SendingEndpoint(SocketLoop):
             self._put(room, partial(self._blocks, room, pages, ids, of_layers), is_final)
 
     def finish(self, room: SendRoom, aux_index: int | None, info: Mapping[str, int | str]) -> None:
-        """Queues the aux row (None on ranks that do not hold it) and the end. The prefill has ended."""
-        room.num_hidden_bytes = room.num_bytes
+        """Queues the aux row (None on ranks that do not hold it) and the end."""
         self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)), room.needs_no_pages)
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
