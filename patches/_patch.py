@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -53,24 +54,53 @@ class Patch:
         if self.parameters is not None and found != self.parameters:
             raise PatchError(_altered_sglang(f"{self.target} takes {found}, not {self.parameters}"))
 
+    def is_in_place(self) -> bool:
+        """Whether a call of the target comes to the hook: SGLang's wrappers hold theirs, and know what they wrap."""
+        function = pkgutil.resolve_name(self.target)
+        function = getattr(function, "__func__", function)
+        while function is not None and not _holds(function, self.hook):
+            function = getattr(function, "__wrapped__", None)
+        return function is not None
+
+
+# What this process has put in place: SGLang's registry says of a target only that some plugin has hooked it.
+_applied: set[tuple[str, Callable[..., Any]]] = set()
+
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Checks every patch, then hands them to SGLang's HookRegistry. Applying one twice is a no-op.
+    """Checks every patch, then puts its hook in place, around those of other plugins. Applying one twice is a no-op.
 
     Raises PatchError: SGLang's registry itself only logs a hook that could not be applied, and the server
     would then run something else than was asked for.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    new = [patch for patch in patches if patch.target not in HookRegistry._patched]
+    new = [patch for patch in patches if (patch.target, patch.hook) not in _applied]
     for patch in new:
         patch.check()
     for patch in new:
-        HookRegistry.register(patch.target, patch.hook, HookType(patch.kind))
-    HookRegistry.apply_hooks()
-    missing = [patch.target for patch in new if patch.target not in HookRegistry._patched]
-    if missing:
-        raise PatchError(_altered_sglang(f"could not patch {', '.join(missing)}"))
+        _put_in_place(patch)
+        _applied.add((patch.target, patch.hook))
+
+
+def _put_in_place(patch: Patch) -> None:
+    """By SGLang's registry, but past its list of targets: it takes up each once, so that of two plugins that hook one,
+    the second would not run.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
+
+    try:
+        HookRegistry._apply_target(patch.target, [(HookType(patch.kind), patch.hook, HookSource("apb", "sglang-apb"))])
+    except Exception as error:
+        raise PatchError(_altered_sglang(f"could not patch {patch.target} ({error})")) from error
+    if not patch.is_in_place():
+        raise PatchError(_altered_sglang(f"could not patch {patch.target}"))
+
+
+def _holds(function: Any, hook: Callable[..., Any]) -> bool:
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # a cell that nothing was put into
+            if cell.cell_contents is hook:
+                return True
+    return False
 
 
 def _altered_sglang(what: str) -> str:
