@@ -42,8 +42,12 @@ def register_steps() -> None:
 def _take_ranks(server_args: Any, previous: Step) -> None:
     """SGLang's context-parallel ranks without its strategies: one KV pool a rank, with every head."""
     from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.environ import envs
 
-    sp_size = insides.options_of(server_args).sp_size
+    options = insides.options_of(server_args)
+    sp_size = options.sp_size
+    with _ending_in_one_line():
+        options_module.check_front(server_args, options, is_rust=envs.SGLANG_RUST_SERVER.get())
     if sp_size > 1:
         with _ending_in_one_line():
             options_module.check_parallel_sizes(server_args, sp_size)
@@ -57,8 +61,10 @@ def _check_and_install(server_args: Any, previous: Step) -> None:
     previous(server_args)
     view, options = insides.resolved(server_args), insides.options_of(server_args)
     with _ending_in_one_line():
+        model = insides.model_config_of(server_args)
         if options.is_set:
-            options_module.check_server_args(view, insides.model_config_of(server_args), options)
+            options_module.check_server_args(view, model, options)
+        options_module.check_transferable(view, model)
         options_module.check_transfer(view, options)
         from sglang_apb import plugin
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "speculative_algorithm": ((None,), "--speculative-algorithm", "the draft model needs exact hidden states"),
     "pp_size": ((1,), "--pp-size", "a prompt is laid out over ranks that each hold every layer"),
     "dp_size": ((1,), "--dp-size", "start one server a replica, and the router in front"),
-    "enable_dp_attention": ((False,), "--enable-dp-attention", "it splits requests where we split the prompt"),
+    "attn_dp_size": ((1,), "--attn-dp-size", "it splits requests where we split the prompt"),
     "dcp_size": ((1,), "--dcp-size", "the KV of a decoding request must stand on one rank"),
     "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "a sparse prompt's KV is not reusable"),
     "enable_lmcache": ((False,), "--enable-lmcache", "a sparse prompt's KV is not reusable"),
@@ -41,8 +43,27 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "enable_hisparse": ((False,), "--enable-hisparse", "it keeps part of the KV off the GPU"),
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
     "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
+    "use_ray": ((False,), "--use-ray", "its processes load no plugins"),
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
+# The same for our KV transfer, with or without a prefill backend.
+_REFUSED_WITH_TRANSFER: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
+    "use_ray": ((False,), "--use-ray", "its processes load no plugins"),
+    "pp_size": ((1,), "--pp-size", "a rank sends every layer of the pages that it holds"),
+    "dcp_size": ((1,), "--dcp-size", "a request's KV goes to whole pages of one rank"),
+    "enable_kv_cache_sharding": ((False,), "--enable-kv-cache-sharding", "ranks send whole parts of a prompt"),
+    "enable_hisparse": ((False,), "--enable-hisparse", "it takes KV in host memory, and ours goes to the pool"),
+    "disaggregation_decode_host_receive_threshold": (
+        (1,),
+        "--disaggregation-decode-host-receive-threshold",
+        "it takes KV in host memory, and ours goes to the pool",
+    ),
+    "enable_pd_role_switch": ((False,), "--enable-pd-role-switch", "its connections are made for one role"),
+}
+_TRANSFER = f"--disaggregation-transfer-backend {BACKEND}"
+# Their draft model's KV is a second pool, which the other server must get too.
+_DRAFT_POOLS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
 
 # Dense decoders whose layers call one attention with per-head K and V, as SGLang names them.
 MODEL_FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -113,7 +134,7 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
 
     Raises OptionError, ConfigError.
     """
-    if server_args.disaggregation_transfer_backend != BACKEND or server_args.disaggregation_mode == "null":
+    if not _uses_transfer(server_args):
         if options.transfer_text is not None:
             raise OptionError(
                 f"{TRANSFER_OPTION} needs --disaggregation-transfer-backend {BACKEND}, and --disaggregation-mode "
@@ -132,6 +153,44 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
         )
 
 
+def check_transferable(server_args: Any, model_config: Any) -> None:
+    """Refuses, after SGLang resolved them, options with which our transfer does not work, and a port for its bootstrap
+    server that is taken.
+
+    model_config: SGLang's ModelConfig. Raises OptionError with one sentence.
+    """
+    if not _uses_transfer(server_args):
+        return
+    _refuse(server_args, _REFUSED_WITH_TRANSFER, _TRANSFER)
+    _check_generates(model_config, _TRANSFER)
+    if server_args.speculative_algorithm in _DRAFT_POOLS:
+        raise OptionError(
+            f"--speculative-algorithm {server_args.speculative_algorithm} does not go with {_TRANSFER}: its draft "
+            "model has a KV pool of its own, which is not sent; leave it out, or use mooncake or nixl"
+        )
+    if server_args.disaggregation_mode == "prefill":
+        _check_bootstrap_port(server_args)
+    elif server_args.attn_cp_size > 1:
+        raise OptionError(
+            f"--attn-cp-size {server_args.attn_cp_size} on a decode server does not go with {_TRANSFER}: each of its "
+            "ranks must hold whole prompts; leave it out"
+        )
+
+
+def _uses_transfer(server_args: Any) -> bool:
+    return server_args.disaggregation_transfer_backend == BACKEND and server_args.disaggregation_mode != "null"
+
+
+def check_front(server_args: Any, options: PluginOptions, *, is_rust: bool) -> None:
+    """Refuses, before SGLang resolves its options, its HTTP server in Rust: no hook of ours runs there.
+
+    Raises OptionError.
+    """
+    ours = f"--prefill-backend {options.backend}" if options.is_set else _TRANSFER
+    if is_rust and (options.is_set or _uses_transfer(server_args)):
+        raise OptionError(f"SGLANG_RUST_SERVER does not go with {ours}: that server runs no plugins; unset it")
+
+
 def check_parallel_sizes(server_args: Any, sp_size: int) -> None:
     """Refuses, before SGLang resolves its options, other ranks beside those of `--sp-size`. Raises OptionError."""
     for name in ("tp_size", "attn_cp_size"):
@@ -147,20 +206,66 @@ def check_server_args(server_args: Any, model_config: Any, options: PluginOption
 
     model_config: SGLang's ModelConfig. Raises OptionError with one sentence.
     """
-    for field, (allowed, option, why) in _REFUSED_FIELDS.items():
-        value = getattr(server_args, field)
-        if value not in allowed:
-            raise OptionError(
-                f"{option} ({value!r}) does not go with --prefill-backend {options.backend}: {why}; leave it out"
-            )
+    _refuse(server_args, _REFUSED_FIELDS, f"--prefill-backend {options.backend}")
     if server_args.disaggregation_mode == "decode":
         raise OptionError(
             f"--prefill-backend {options.backend} belongs on the prefill server: a decode server does no prefill, "
             "leave it out there"
         )
+    _check_generates(model_config, f"--prefill-backend {options.backend}")
     _check_model(server_args, model_config)
     _check_engine(server_args, model_config, options)
     _check_gpus(server_args, options)
+
+
+def _refuse(server_args: Any, fields: dict[str, tuple[tuple[Any, ...], str, str]], ours: str) -> None:
+    for field, (allowed, option, why) in fields.items():
+        value = getattr(server_args, field)
+        if value not in allowed:
+            raise OptionError(f"{option} ({value!r}) does not go with {ours}: {why}; leave it out")
+
+
+def _check_generates(model: Any, ours: str) -> None:
+    if not model.is_generation:
+        raise OptionError(
+            f"a server of embeddings ({model.hf_config.architectures}, --is-embedding) does not go with {ours}, which "
+            "is for prompts that are answered with tokens: leave one of them out"
+        )
+
+
+def _check_bootstrap_port(server_args: Any) -> None:
+    """A bootstrap server that cannot listen leaves a server healthy of which no decode server ever hears, and its ranks
+    registered with whatever listens there instead.
+    """
+    if server_args.node_rank != 0:
+        return  # the first node has it
+    port = server_args.disaggregation_bootstrap_port
+    if not 0 < port < 65536:
+        raise OptionError(f"--disaggregation-bootstrap-port {port} is no port: choose one from 1 to 65535")
+    if port == server_args.port:
+        raise OptionError(f"--disaggregation-bootstrap-port {port} is --port, too: choose another for one of them")
+    if why := why_not_free(server_args.host, port):
+        raise OptionError(bootstrap_port_taken(port, why))
+
+
+def bootstrap_port_taken(port: int, why: str) -> str:
+    return (
+        f"port {port} for the bootstrap server is not free ({why}): end what listens there, or give another "
+        "--disaggregation-bootstrap-port"
+    )
+
+
+def why_not_free(host: str, port: int) -> str:
+    """Why nobody can listen there; "" when one can, or when it is not for another to have the port."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in found:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        return str(error.strerror) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+    return ""
 
 
 def _check_model(server_args: Any, model: Any) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from conftest import next_port
 
 PARSE = """
 import sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
-from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang_apb.patches import _patch
 args = prepare_server_args(sys.argv[1:])
 args.resolve_once()
 import pickle
@@ -23,7 +29,7 @@ args = pickle.loads(pickle.dumps(args))
 from sglang.srt.arg_groups.overrides import resolved_view
 view = resolved_view(args)
 print("OPTIONS", getattr(args, "plugin_options", None), view.tp_size, view.attn_cp_size)
-print("PATCHED", *sorted(HookRegistry._patched), sep="\\n")
+print("PATCHED", *sorted(target for target, _ in _patch._applied), sep="\\n")
 """
 # Many command lines in one process, since importing SGLang takes longer than all of them.
 REFUSE = """
@@ -77,7 +83,9 @@ def test_our_options_travel_in_the_pickle_and_set_the_ranks(model: str) -> None:
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
 def test_a_refused_prompt_reaches_its_sender_on_prefill_servers_only(mode: str, model: str) -> None:
     """SGLang's registry hooks a function in every module that has it: decode would lose its own refusals."""
-    result = parse("--model-path", model, "--disaggregation-mode", mode, "--disaggregation-transfer-backend", "zmq")
+    port = ("--disaggregation-bootstrap-port", str(next_port()))
+    transfer = ("--disaggregation-mode", mode, "--disaggregation-transfer-backend", "zmq", *port)
+    result = parse("--model-path", model, *transfer)
     assert result.returncode == 0, result.stderr[-2000:]
     hooked = "sglang.srt.disaggregation.prefill.is_unadmitted_reject" in patched(result)
     assert hooked == (mode == "prefill")
@@ -108,7 +116,9 @@ def test_sglang_serve_knows_our_options(model: str) -> None:
 
 APB = ("--prefill-backend", "apb")
 ZMQ = ("--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "zmq")
-
+ZMQ = (*ZMQ, "--disaggregation-bootstrap-port", str(next_port()))
+DECODE = ("--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "zmq")
+TAKEN = next_port()
 
 REFUSED = {
     ("--prefill-backend", "abp"): "invalid choice: 'abp' (choose from 'apb')",
@@ -124,6 +134,9 @@ REFUSED = {
     (*APB, "--enable-hierarchical-cache"): "--enable-hierarchical-cache (True) does not go with",
     (*APB, "--pp-size", "2"): "--pp-size (2) does not go with",
     (*APB, "--dp-size", "2"): "--dp-size (2) does not go with",
+    (*APB, "--attn-dp-size", "2", "--tp-size", "2"): "--attn-dp-size (2) does not go with",
+    (*APB, "--use-ray"): "--use-ray (True) does not go with --prefill-backend apb: its processes load no plugins",
+    (*APB, "--is-embedding"): "(['LlamaForCausalLM'], --is-embedding) does not go with --prefill-backend apb",
     (*APB, "--disaggregation-mode", "decode"): "belongs on the prefill server",
     (*APB, "--tokenizer-worker-num", "2"): "--tokenizer-worker-num (2) does not go with --prefill-backend apb",
     (*APB, "--enable-flexkv"): "--enable-flexkv (True) does not go with",
@@ -132,18 +145,50 @@ REFUSED = {
     ("--kv-transfer-config", "{}"): "--kv-transfer-config needs --disaggregation-transfer-backend zmq",
     (*ZMQ, "--kv-transfer-config", '{"key": 1}'): "unknown option 'key' of --kv-transfer-config; known: secret_key",
     (*ZMQ, "--host", "192.0.2.1"): "would send KV unencrypted from 192.0.2.1",
+    (*ZMQ, "--tokenizer-worker-num", "2"): "--tokenizer-worker-num (2) does not go with --disaggregation-transfer-back",
+    (*DECODE, "--tokenizer-worker-num", "2"): "its processes load no plugins; leave it out",
+    (*ZMQ, "--use-ray"): "--use-ray (True) does not go with --disaggregation-transfer-backend zmq",
+    (*ZMQ, "--pp-size", "2"): "--pp-size (2) does not go with --disaggregation-transfer-backend zmq",
+    (*ZMQ, "--dcp-size", "2", "--tp-size", "2"): "--dcp-size (2) does not go with",
+    (*DECODE, "--attn-cp-size", "2", "--tp-size", "2"): "--attn-cp-size 2 on a decode server does not go with",
+    (*DECODE, "--enable-hisparse"): "--enable-hisparse (True) does not go with --disaggregation-transfer-backend zmq",
+    (*DECODE, "--disaggregation-decode-host-receive-threshold", "0.5"): "threshold (0.5) does not go with",
+    (*DECODE, "--enable-pd-role-switch"): "--enable-pd-role-switch (True) does not go with",
+    (*DECODE, "--is-embedding"): "--is-embedding) does not go with --disaggregation-transfer-backend zmq",
+    (*ZMQ, "--disaggregation-bootstrap-port", "70000"): "--disaggregation-bootstrap-port 70000 is no port: choose one",
+    (*ZMQ, "--disaggregation-bootstrap-port", "30000"): "--disaggregation-bootstrap-port 30000 is --port, too: choose",
+    (*ZMQ, "--disaggregation-bootstrap-port", str(TAKEN)): (
+        f"port {TAKEN} for the bootstrap server is not free (Address already in use): end what listens there, or give "
+        "another --disaggregation-bootstrap-port"
+    ),
 }
+# What works beside our transfer is let through: plain SGLang's prefill, and decode over more than one scheduler.
+ALLOWED: list[tuple[str, ...]] = [
+    (*ZMQ, "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "all"),
+    (*ZMQ, "--detokenizer-worker-num", "2"),
+    (*DECODE, "--disaggregation-bootstrap-port", str(TAKEN)),
+    (*DECODE, "--tp-size", "3"),
+    (*DECODE, "--disaggregation-decode-enable-radix-cache"),
+]
 SUPPORTED = "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
 
 
 @pytest.fixture(scope="module")
 def refusals(model: str, gemma: str) -> list[tuple[int, str]]:
-    """Exit status and standard error of each command line in REFUSED, then of one with Gemma."""
+    """Exit status and standard error of each command line in REFUSED, then of one with Gemma, while somebody listens
+    on the port TAKEN.
+    """
     lines = [["--model-path", model, *arguments] for arguments in REFUSED]
-    lines.append(["--model-path", gemma, *APB])
+    with socket.create_server(("127.0.0.1", TAKEN)):
+        return resolve([*lines, ["--model-path", gemma, *APB]])
+
+
+def resolve(lines: list[list[str]], **environment: str) -> list[tuple[int, str]]:
+    """Exit status and standard error of each command line."""
     command = [sys.executable, "-c", REFUSE, json.dumps(lines)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout.splitlines()
-    return [tuple(json.loads(line.removeprefix("REFUSED "))) for line in said if line.startswith("REFUSED ")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    said = [line.removeprefix("REFUSED ") for line in ended.stdout.splitlines() if line.startswith("REFUSED ")]
+    return [tuple(json.loads(line)) for line in said]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +205,38 @@ def test_what_cannot_work_is_refused_in_one_sentence(index: int, refusals: list[
     assert status == 2, said
     assert list(REFUSED.values())[index] in said
     assert "Traceback" not in said
+
+
+def test_what_works_with_our_transfer_is_let_through(model: str) -> None:
+    with socket.create_server(("127.0.0.1", TAKEN)):
+        ended = resolve([["--model-path", model, *arguments] for arguments in ALLOWED])
+    assert [status for status, _ in ended] == [0] * len(ALLOWED), ended
+
+
+@pytest.mark.parametrize("ours", [APB, ZMQ], ids=["backend", "transfer"])
+def test_sglangs_server_in_rust_is_refused(ours: tuple[str, ...], model: str) -> None:
+    ((status, said),) = resolve([["--model-path", model, *ours]], SGLANG_RUST_SERVER="1")
+    assert status == 2 and "SGLANG_RUST_SERVER does not go with" in said and "unset it" in said
+
+
+def test_a_draft_model_s_pool_is_not_sent() -> None:
+    """On a CPU SGLang itself refuses such algorithms."""
+    from types import SimpleNamespace
+
+    from sglang_apb import options
+
+    server_args = SimpleNamespace(
+        disaggregation_transfer_backend="zmq",
+        disaggregation_mode="decode",
+        speculative_algorithm="EAGLE3",
+        attn_cp_size=1,
+        **{field: allowed[0] for field, (allowed, _, _) in options._REFUSED_WITH_TRANSFER.items()},
+    )
+    model_config = SimpleNamespace(is_generation=True)
+    with pytest.raises(options.OptionError, match=r"--speculative-algorithm EAGLE3 does not go with .*: its draft"):
+        options.check_transferable(server_args, model_config)
+    server_args.speculative_algorithm = "NGRAM"
+    options.check_transferable(server_args, model_config)
 
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones(refusals: list[tuple[int, str]]) -> None:
@@ -210,3 +287,69 @@ def test_a_sglang_that_changed_under_a_patch_is_named() -> None:
     changed = Patch("sglang.srt.server_args.ServerArgs.add_cli_args", "after", ("parser", "more"), print)
     with pytest.raises(PatchError, match=r"takes \('parser',\), not \('parser', 'more'\)"):
         changed.check()
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module with a function, and SGLang's registry as if it had hooked nothing."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang_apb.patches import _patch
+
+    module = ModuleType("toy_of_test_options")
+    exec("def greet(name): return [name]", module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    monkeypatch.setattr(_patch, "_applied", set())
+    return module
+
+
+GREET = "toy_of_test_options.greet"
+
+
+def theirs(original: Callable[..., list[str]], name: str) -> list[str]:
+    return [*original(name), "theirs"]
+
+
+def ours(original: Callable[..., list[str]], name: str) -> list[str]:
+    return [*original(name), "ours"]
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_what_another_plugin_has_hooked_is_hooked_by_us_as_well(first: str, toy: Any) -> None:
+    """And only once by each, whoever comes first and however often it is asked for."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang_apb.patches import _patch
+
+    patches = (_patch.Patch(GREET, "around", ("name",), ours),)
+    if first == "ours":
+        _patch.apply(patches)
+    HookRegistry.register(GREET, theirs, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    _patch.apply(patches)
+    _patch.apply(patches)
+    HookRegistry.apply_hooks()
+    assert sorted(toy.greet("a")) == ["a", "ours", "theirs"]
+
+
+@pytest.mark.parametrize("does", [lambda target, hooks: None, lambda target, hooks: 1 / 0], ids=["nothing", "raises"])
+def test_a_hook_that_is_not_in_place_is_an_error(does: Callable[..., Any], toy: Any, monkeypatch: Any) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang_apb.patches import _patch
+
+    monkeypatch.setattr(HookRegistry, "_apply_target", does)
+    with pytest.raises(_patch.PatchError, match=r"could not patch toy_of_test_options\.greet"):
+        _patch.apply([_patch.Patch(GREET, "around", ("name",), ours)])
+    assert toy.greet("a") == ["a"]
+
+
+def test_hooks_of_every_kind_are_found_in_place(toy: Any) -> None:
+    from sglang_apb.patches import _patch
+
+    exec("class Kept:\n @classmethod\n def find(cls): return 1\n @staticmethod\n def all(): return 2", toy.__dict__)
+    for target in (GREET, "toy_of_test_options.Kept.find", "toy_of_test_options.Kept.all"):
+        for kind in ("before", "after", "around", "replace"):
+            patch = _patch.Patch(target, kind, None, lambda *args: None)
+            assert not patch.is_in_place()
+            _patch.apply([patch])
+            assert patch.is_in_place()

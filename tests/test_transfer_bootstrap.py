@@ -13,6 +13,7 @@ from conftest import next_port
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
 from sglang_apb.commands.servers import is_up
+from sglang_apb.options import why_not_free
 from sglang_apb.transfer import directory
 from sglang_apb.transfer.bootstrap import MAX_ROOMS, ZmqKVBootstrapServer
 from sglang_apb.transfer.directory import PrefillDirectory
@@ -48,6 +49,41 @@ def address() -> Iterator[str]:
         time.sleep(0.05)
     yield f"127.0.0.1:{port}"
     server.close()
+
+
+def test_a_server_that_cannot_listen_ends_at_once_and_the_first_goes_on(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its options were checked, but both were started at the same moment."""
+    port = int(address.rpartition(":")[2])
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(SystemExit) as end:
+            ZmqKVBootstrapServer(host, port)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert f"sglang: error: port {port} for the bootstrap server is not free (Address already in use): end" in said
+    assert register(address).status_code == 200
+
+
+def test_a_server_listens_once_it_is_made() -> None:
+    port = next_port()
+    server = ZmqKVBootstrapServer("127.0.0.1", port)
+    try:
+        assert is_up(f"http://127.0.0.1:{port}")
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("listening", ["127.0.0.1", "0.0.0.0", "::1"])
+def test_a_port_is_taken_where_one_of_a_hosts_addresses_is(listening: str) -> None:
+    family = socket.AF_INET6 if ":" in listening else socket.AF_INET
+    with socket.create_server((listening, 0), family=family) as listener:
+        port = listener.getsockname()[1]
+        assert why_not_free(listening, port) == "Address already in use"
+        assert why_not_free("0.0.0.0" if family == socket.AF_INET else "::", port) == "Address already in use"
+    assert why_not_free(listening, port) == ""
+    assert why_not_free("192.0.2.1", port) == "", "not an address of this machine, and not for another to have"
+    assert why_not_free("no.such.host.invalid", port) == ""
 
 
 def register(address: str, **changed: Any) -> requests.Response:

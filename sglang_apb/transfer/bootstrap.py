@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import sys
+import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +17,7 @@ from aiohttp import web
 from msgspec import Meta
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
+from sglang_apb.options import bootstrap_port_taken, why_not_free
 from sglang_apb.transfer.config import BACKEND
 from sglang_apb.transfer.wire import VERSION
 
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 KEY_HEADER = "X-Transfer-Key"
 MAX_BYTES = 1 << 20
 MAX_ROOMS = 1 << 16
+_START_POLL_S = 0.01
 ALL_RANKS = dict.fromkeys(("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank"), "-1")
 
 Size = Annotated[int, Meta(ge=1, le=1 << 16)]
@@ -81,7 +85,11 @@ def decode(body: bytes, kind: type[T]) -> T:
 
 
 class ZmqKVBootstrapServer(CommonKVBootstrapServer):
-    """`public_key`: what decode servers will expect this server's ranks to have; "" without keys."""
+    """`public_key`: what decode servers will expect this server's ranks to have; "" without keys.
+
+    Ends the process when it cannot listen: its options were checked, but another may have taken the port since, and
+    this server's ranks would register there.
+    """
 
     public_key = ""
 
@@ -89,6 +97,19 @@ class ZmqKVBootstrapServer(CommonKVBootstrapServer):
     def with_key(cls, public_key: str) -> type[ZmqKVBootstrapServer]:
         """A class, which SGLang makes the server of with a host and a port."""
         return type(cls.__name__, (cls,), {"public_key": public_key})
+
+    def run(self) -> None:
+        super().run()
+        while not self._is_listening():
+            if not self.thread.is_alive():
+                why = why_not_free(self.host, self.port) or "the log says why"
+                print(f"sglang: error: {bootstrap_port_taken(self.port, why)}", file=sys.stderr)
+                raise SystemExit(2)
+            time.sleep(_START_POLL_S)
+
+    def _is_listening(self) -> bool:
+        runner = getattr(self, "_runner", None)  # made by the thread
+        return runner is not None and bool(runner.addresses)
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
         return await self._checked(request, Registration, super()._handle_route_put)
