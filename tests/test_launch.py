@@ -35,6 +35,9 @@ import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 statuses = [int(status) for status in sys.argv[2:]]
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(statuses.pop(0) if len(statuses) > 1 else statuses[0])
@@ -43,6 +46,30 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+# Of a server with --api-key: it is healthy for everybody, and answers who has the key.
+FAKE_SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+role, port, key = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+answer = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+    {"index": 0, "message": {"role": "assistant", "content": role}, "finish_reason": "stop"}]}
+info = {"model_path": "m", "served_model_name": "m", "disaggregation_mode": role, "is_generation": True}
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        is_known = self.path == "/health" or self.headers.get("Authorization") == f"Bearer {key}"
+        text = json.dumps((answer if self.command == "POST" else info) if is_known else {"error": "Unauthorized"})
+        self.send_response(200 if is_known else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+    do_POST = do_GET
+    def log_message(self, *args):
+        pass
+ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 # What `sglang-apb launch` runs, with fake servers.
 DRIVER = """
@@ -262,6 +289,100 @@ def test_a_refused_completion_is_an_error_at_once(tmp_path: Path, port: int) -> 
     service = LocalService([ProcessGroup("router", router, tmp_path / "router.log")], f"http://127.0.0.1:{port}", {})
     with pytest.raises(ServiceError, match="refuses a chat completion"), service:
         service.wait_ready(timeout=20)
+
+
+def fake_server(role: str, port: int, log_dir: Path) -> ProcessGroup:
+    return ProcessGroup(role, [sys.executable, "-c", FAKE_SERVER, role, str(port), "secret"], log_dir / f"{role}.log")
+
+
+def test_a_server_with_a_key_is_asked_with_it(tmp_path: Path, port: int) -> None:
+    url = f"http://127.0.0.1:{port}"
+    with LocalService([fake_server("server", port, tmp_path)], url, {}, api_key="secret") as service:
+        service.wait_ready(timeout=20)
+    started = time.monotonic()
+    without = LocalService([fake_server("server", port, tmp_path)], url, {})
+    with pytest.raises(ServiceError, match=r"refuses a chat completion: HTTP 401 .*Unauthorized"), without:
+        without.wait_ready(timeout=60)
+    assert time.monotonic() - started < 30, "no waiting changes that"
+
+
+def test_the_router_asks_servers_with_their_key_and_its_clients_for_it(tmp_path: Path, port: int) -> None:
+    """SGLang's router, before fake servers."""
+    cluster = LocalCluster("m", port=port, log_dir=tmp_path, sp_size=1, arguments=["--api-key", "secret"])
+    servers = (fake_server(role, port + i, tmp_path) for i, role in enumerate(("prefill", "decode"), 1))
+    cluster.groups = (*servers, cluster.groups[2])
+    body = {"model": "default", "messages": [{"role": "user", "content": "Hi"}]}
+
+    def ask(**headers: str) -> requests.Response:
+        return requests.post(f"{cluster.url}/v1/chat/completions", json=body, headers=headers, timeout=20)
+
+    with cluster:
+        cluster.wait_ready(timeout=60)
+        assert ask(Authorization="Bearer secret").json()["choices"][0]["message"]["content"] == "decode"
+        assert ask().status_code == ask(Authorization="Bearer other").status_code == 401
+        assert all(cluster._is_up(group) for group in cluster.groups)
+
+
+@pytest.mark.parametrize("given", [["--api-key", "secret"], ["--api-key", "first", "--api-key=secret"]])
+def test_a_key_is_the_routers_too(given: list[str], tmp_path: Path) -> None:
+    prefill, decode, router = LocalCluster("m", port=31990, log_dir=tmp_path, arguments=given).groups
+    assert router.command[router.command.index("--api-key") + 1] == "secret"
+    assert prefill.command[-len(given) :] == decode.command[-len(given) :] == tuple(given)
+    assert "--api-key" not in LocalCluster("m", port=31990, log_dir=tmp_path).groups[2].command
+
+
+def test_servers_with_different_keys_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="prefill and decode need the same --api-key") as error:
+        LocalCluster("m", port=31990, log_dir=tmp_path, prefill_arguments=["--api-key", "secret"])
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", launch._NOT_FOR_SERVERS)
+def test_what_the_servers_are_given_already_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["--", option, "1"], ["--", f"{option}=1"], ["--decode-args", f"{option} 1"]):
+        assert cli.main(["launch", "--model", "m", "--sp-size", "1", *given]) == 1
+        assert f"{option} is not for the servers that launch starts: " in capsys.readouterr().err
+
+
+# Errors, then more lines than are shown of a log, and on.
+FAILING = """
+import sys, time
+print("[06:21:07] server_args={'api_key': 'secret', 'log_level': 'error: '}")
+print("\x1b[31mValueError: no room for the model: use --max-total-tokens\x1b[0m")
+print(*(f"line {i}" for i in range(30)), sep="\\n", flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_not_ready_in_time_says_who_does_not_answer_and_why(tmp_path: Path, port: int) -> None:
+    router = [sys.executable, "-c", FAKE_ROUTER, str(port), "503"]
+    groups = [
+        ProcessGroup("prefill server", [sys.executable, "-c", FAILING, "600"], tmp_path / "prefill.log"),
+        ProcessGroup("decode server", SLEEPER, tmp_path / "decode.log"),
+        ProcessGroup("router", router, tmp_path / "router.log"),
+    ]
+    ports = {"router": port, "prefill server": port + 1, "decode server": port + 2}
+    reports: list[str] = []
+    service = LocalService(groups, f"http://127.0.0.1:{port}", ports, reports.append)
+    with pytest.raises(ServiceError) as error, service:
+        service.wait_ready(timeout=12)
+    assert str(error.value).splitlines()[1:] == [
+        "the prefill server does not answer its health check",
+        "the decode server does not answer its health check",
+        f"last answer of http://127.0.0.1:{port}: HTTP 503 {{}}",
+        "prefill.log: ValueError: no room for the model: use --max-total-tokens",
+        "decode.log: up",
+    ]
+    assert reports and reports[-1].endswith("; HTTP 503 {}")
+
+
+def test_the_error_of_a_server_that_has_ended_is_shown_wherever_it_stands(tmp_path: Path, port: int) -> None:
+    group = ProcessGroup("prefill server", [sys.executable, "-c", FAILING, "0"], tmp_path / "prefill.log")
+    service = LocalService([group], f"http://127.0.0.1:{port}", {})
+    with pytest.raises(ServiceError, match=r"ended with status 0; .*\nline 10\n") as error, service:
+        service.wait_ready(timeout=20)
+    assert "before them: ValueError: no room for the model: use --max-total-tokens" in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_not_ready_in_time_names_the_logs(tmp_path: Path, port: int) -> None:

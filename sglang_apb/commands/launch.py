@@ -15,6 +15,21 @@ from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalSe
 HELP = "start a prefill/decode cluster on this machine"
 STOCK = "none"
 VERBATIM_OPTIONS = ("--prefill-args", "--decode-args")
+# What the servers are given already, or what this command could not ask them with -> what to do instead.
+_NOT_FOR_SERVERS = {
+    "--host": "they listen on this machine only, and the router asks them there",
+    "--port": "give --port before --; the servers have the next ones",
+    "--nccl-port": "give --port before --; the servers have the next ones",
+    "--disaggregation-bootstrap-port": "give --port before --; the servers have the next ones",
+    "--disaggregation-mode": "each has its own",
+    "--disaggregation-transfer-backend": "give --transfer-backend before --",
+    "--prefill-backend": "give it before --",
+    "--sp-size": "give it before --",
+    "--ssl-certfile": "they are asked over HTTP",
+    "--ssl-keyfile": "they are asked over HTTP",
+    "--grpc-mode": "they are asked over HTTP",
+    "--smg-grpc-mode": "they are asked over HTTP",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +68,8 @@ def _cluster(args: argparse.Namespace) -> LocalCluster:
         raise CommandError(f"--sp-size {sp_size} needs --prefill-backend apb: SGLang's own prefill has one rank here")
     if sp_size < 1:
         raise CommandError(f"--sp-size must be at least 1, not {sp_size}")
+    prefill_arguments, decode_arguments = shlex.split(args.prefill_args), shlex.split(args.decode_args)
+    _check_for_servers([*args.server_args, *prefill_arguments, *decode_arguments])
     log_dir: Path = args.log_dir or Path("logs") / time.strftime("pd-%Y%m%d-%H%M%S")
     _say(f"logs in {log_dir.absolute()}")
     return LocalCluster(
@@ -63,10 +80,17 @@ def _cluster(args: argparse.Namespace) -> LocalCluster:
         prefill_backend=None if stock else args.prefill_backend,
         transfer_backend=args.transfer_backend,
         arguments=args.server_args,
-        prefill_arguments=shlex.split(args.prefill_args),
-        decode_arguments=shlex.split(args.decode_args),
+        prefill_arguments=prefill_arguments,
+        decode_arguments=decode_arguments,
         report=_say,
     )
+
+
+def _check_for_servers(arguments: Sequence[str]) -> None:
+    names = [argument.partition("=")[0] for argument in arguments]
+    for option, instead in _NOT_FOR_SERVERS.items():
+        if option in names:
+            raise CommandError(f"{option} is not for the servers that launch starts: {instead}")
 
 
 def _say(line: str) -> None:

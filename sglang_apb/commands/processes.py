@@ -31,6 +31,11 @@ _POLL_S = 0.05
 _SCAN_INTERVAL_S = 2.0
 _SHARED_MEMORY = "/dev/shm"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LINE_WIDTH = 300
+# How Python, argparse, and SGLang's router name an error.
+_ERROR = re.compile(r"\b(?:[A-Z]\w*(?:Error|Exception)|ERROR|CRITICAL)\b|\berror: ")
+# SGLang's line of all its options, keys among them.
+_ALL_OPTIONS = "server_args="
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -81,12 +86,22 @@ class ProcessGroup:
         if self._guard:
             self._guard.wait(timeout=_STOP_TIMEOUT_S)
 
-    def log_tail(self, num_lines: int = 20, width: int = 300) -> str:
-        """The log's last lines that are not empty, each cut to `width` characters, without colours."""
+    def log_tail(self, num_lines: int = 20) -> str:
+        """`log_lines` as one text."""
+        return "\n".join(self.log_lines(num_lines))
+
+    def log_lines(self, num_lines: int) -> list[str]:
+        """The log's last lines that are not empty, each cut, without colours."""
+        return self._lines()[-num_lines:]
+
+    def log_errors(self, num_lines: int = 5) -> list[str]:
+        """The log's last lines that name an error, each of them once."""
+        return list(dict.fromkeys(line for line in self._lines() if _ERROR.search(line)))[-num_lines:]
+
+    def _lines(self) -> list[str]:
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        text = _COLOUR.sub("", text)
-        lines = [line[:width] for line in text.splitlines() if line.strip()]
-        return "\n".join(lines[-num_lines:])
+        lines = (line for line in _COLOUR.sub("", text).splitlines() if line.strip() and _ALL_OPTIONS not in line)
+        return [line[:_LINE_WIDTH] for line in lines]
 
 
 def run_guarded(command: Sequence[str]) -> int:

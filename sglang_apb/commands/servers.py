@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import requests
+from typing import Self
 
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.polling import ServiceError, ask_chat, is_up
 from sglang_apb.commands.processes import ProcessGroup
 
 HOST = "127.0.0.1"
 STARTUP_TIMEOUT_S = 1800.0
 _POLL_S = 0.5
 _REPORT_INTERVAL_S = 10.0
+_LAST_LINES = 3
 # SGLang's health check runs a token through the model, which has to wait for a long prefill: a busy server
 # would be taken for a dead one.
 _SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
@@ -35,21 +35,27 @@ _SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
 Report = Callable[[str], None]
 
 
-class ServiceError(CommandError):
-    """A server ended, did not start in time, or refused a simple request."""
-
-
 class LocalService:
     """Servers that start together, are ready together, and end together.
 
-    `url` answers OpenAI requests once `wait_ready` has returned. `report` gets lines of progress.
+    `url` answers OpenAI requests once `wait_ready` has returned, those with `api_key` where there is one. `ports` maps
+    what a port is for to its number; a group's own has its name. `report` gets lines of progress.
     """
 
-    def __init__(self, groups: Sequence[ProcessGroup], url: str, ports: dict[str, int], report: Report | None = None):
+    def __init__(
+        self,
+        groups: Sequence[ProcessGroup],
+        url: str,
+        ports: dict[str, int],
+        report: Report | None = None,
+        api_key: str | None = None,
+    ):
         self.groups = tuple(groups)
         self.url = url
         self._ports = ports
         self._report = report or (lambda line: None)
+        self._api_key = api_key
+        self._said = ""
 
     def start(self) -> None:
         """Raises CommandError when a port is in use."""
@@ -66,17 +72,24 @@ class LocalService:
         """Called after each group's start, before the next one's."""
 
     def check(self) -> None:
-        """Raises ServiceError when a server has ended; the text has its log's last lines."""
+        """Raises ServiceError when a server has ended; the text has its log's last lines, and errors before them."""
         for group in self.groups:
             if group.exit_status is not None:
+                tail = group.log_tail()
+                earlier = [line for line in group.log_errors() if line not in tail]
                 raise ServiceError(
-                    f"the {group.name} ended with status {group.exit_status}; "
-                    f"last lines of {group.log_path}:\n{group.log_tail()}"
+                    f"the {group.name} ended with status {group.exit_status}; last lines of {group.log_path}:\n{tail}"
+                    + "".join(f"\nbefore them: {line}" for line in earlier)
                 )
 
     def wait_ready(self, timeout: float = STARTUP_TIMEOUT_S) -> None:
         """Returns once a chat completion has succeeded. `timeout` in seconds. Raises ServiceError."""
-        self._wait_until(lambda: completes_chat(self.url), "starting", timeout)
+        self._wait_until(self._completes_chat, "starting", timeout)
+
+    def _completes_chat(self) -> bool:
+        reply = ask_chat(self.url, self._api_key)
+        self._said = reply.said
+        return reply.is_ok
 
     def _wait_until(self, condition: Callable[[], bool], what: str, timeout: float) -> None:
         started = reported = time.monotonic()
@@ -84,11 +97,25 @@ class LocalService:
             self.check()
             waited = time.monotonic() - started
             if waited > timeout:
-                raise ServiceError(f"not ready after {timeout:.0f} s; logs: {self.groups[0].log_path.parent}")
+                logs = self.groups[0].log_path.parent
+                raise ServiceError(f"not ready after {timeout:.0f} s; logs: {logs}{self._why_not_ready()}")
             if waited > reported - started + _REPORT_INTERVAL_S:
                 reported = time.monotonic()
-                self._report(f"{what}, {waited:.0f} s")
+                self._report(f"{what}, {waited:.0f} s" + (f"; {self._said}" if self._said else ""))
             time.sleep(_POLL_S)
+
+    def _why_not_ready(self) -> str:
+        """Who does not answer, what its log says of it, and what was answered last."""
+        silent = [group for group in self.groups if not self._is_up(group)]
+        lines = [f"the {group.name} does not answer its health check" for group in silent]
+        if self._said:
+            lines.append(f"last answer of {self.url}: {self._said}")
+        for group in silent or self.groups:
+            lines += [f"{group.log_path.name}: {line}" for line in group.log_errors() or group.log_lines(_LAST_LINES)]
+        return "".join(f"\n{line}" for line in lines)
+
+    def _is_up(self, group: ProcessGroup) -> bool:
+        return group.name not in self._ports or is_up(f"http://{HOST}:{self._ports[group.name]}")
 
     def wait(self) -> None:
         """Blocks while every server runs. Raises ServiceError when one has ended."""
@@ -127,14 +154,15 @@ class LocalServer(LocalService):
     ):
         ports = {"server": port, "server's ranks": port + 1}
         group = server_group("server", model, ports, arguments, log_dir / "server.log")
-        super().__init__([group], f"http://{HOST}:{port}", ports, report)
+        super().__init__([group], f"http://{HOST}:{port}", ports, report, value_of("--api-key", arguments))
 
 
 class LocalCluster(LocalService):
     """A prefill server of `sp_size` ranks, a decode server and a router; ports `port` to `port` + 6.
 
     `prefill_backend` None is stock SGLang. `arguments` go to both servers, `prefill_arguments` and
-    `decode_arguments` to one, as they are. Logs: prefill.log, decode.log and router.log in `log_dir`.
+    `decode_arguments` to one, as they are; an `--api-key` among them is the router's, too. Logs: prefill.log,
+    decode.log and router.log in `log_dir`. Raises CommandError when the two servers have different keys.
     """
 
     def __init__(
@@ -161,13 +189,18 @@ class LocalCluster(LocalService):
         self._placement = place(num_gpus(), sp_size)
         prefill += [*self._placement.prefill, *arguments, *prefill_arguments]
         decode += [*self._placement.decode, *arguments, *decode_arguments]
+        api_key = value_of("--api-key", prefill)
+        if api_key != value_of("--api-key", decode):
+            raise CommandError(
+                "prefill and decode need the same --api-key, since one router asks both: give it to both"
+            )
         groups = [
             server_group("prefill server", model, ports, prefill, log_dir / "prefill.log"),
             server_group("decode server", model, ports, decode, log_dir / "decode.log"),
-            ProcessGroup("router", _router_command(ports), log_dir / "router.log"),
+            ProcessGroup("router", _router_command(ports, api_key), log_dir / "router.log"),
         ]
         self._prefill_url = f"http://{HOST}:{ports['prefill server']}"
-        super().__init__(groups, f"http://{HOST}:{port}", ports, report)
+        super().__init__(groups, f"http://{HOST}:{port}", ports, report, api_key)
 
     def _started(self, group: ProcessGroup) -> None:
         if group is self.groups[0] and self._placement.in_turn:
@@ -205,28 +238,9 @@ def default_sp_size() -> int:
     return 1 if num_gpus() == 1 else 2
 
 
-def is_up(url: str) -> bool:
-    """Whether a server answers its health check."""
-    try:
-        return requests.get(f"{url}/health", timeout=5).ok
-    except requests.RequestException:
-        return False
-
-
 def completes_chat(url: str) -> bool:
-    """Whether a chat completion of one token succeeds. Raises ServiceError when it is a bad request."""
-    body: dict[str, Any] = {
-        "model": "default",
-        "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 1,
-    }
-    try:
-        response = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
-    except requests.RequestException:
-        return False
-    if response.status_code == requests.codes.bad_request:
-        raise ServiceError(f"{url} refuses a chat completion: {response.text[:500]}")
-    return response.ok
+    """Whether a chat completion of one token succeeds. Raises ServiceError when it is refused for good."""
+    return ask_chat(url).is_ok
 
 
 def check_ports(ports: dict[str, int]) -> None:
@@ -267,7 +281,18 @@ def server_group(
     return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)
 
 
-def _router_command(ports: dict[str, int]) -> list[str]:
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """What the last `option` of a command line is given, as SGLang's parser takes it; None without one."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _router_command(ports: dict[str, int], api_key: str | None) -> list[str]:
     prefill_url, decode_url = (f"http://{HOST}:{ports[name]}" for name in ("prefill server", "decode server"))
     command = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation"]
     command += ["--prefill", prefill_url, str(ports["prefill server's bootstrap"]), "--decode", decode_url]
@@ -276,4 +301,6 @@ def _router_command(ports: dict[str, int]) -> list[str]:
     # With one server a side there is no other to retry on, or to turn to when a breaker opens or one is not healthy:
     # asked once a minute, one that is back would be missed for two more.
     command += ["--policy", "round_robin", "--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
+    # It asks the servers with the key, and its clients for it.
+    command += ["--api-key", api_key] if api_key else []
     return [*command, "--worker-startup-check-interval", "1"]
