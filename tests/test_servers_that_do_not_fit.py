@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import requests
-from conftest import FLOAT32, next_port
+from conftest import FLOAT32, Plain, next_port
+from transfer_peers import wait_for
 
-from sglang_apb.commands.servers import LocalCluster, is_up
+from sglang_apb.commands import servers
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import LocalCluster, LocalService, is_up
+from sglang_apb.transfer.compat import Compat, describe_model, find_difference
 from sglang_apb.transfer.directory import Lookup
 
 
@@ -46,6 +53,145 @@ def test_different_models_are_refused_with_both_names(tiny: Callable[[str], Path
             assert "the decode server runs Qwen2ForCausalLM" in answer.text
             assert time.monotonic() - started < 20, "that is SGLang's timeout, not a refusal"
         assert is_up(prefill) and is_up(decode)
+
+
+class OneDecodeServer:
+    """Two prefill servers, of SGLang's own kind and with a prefill backend, and a decode server that keeps prefixes."""
+
+    def __init__(self, model: Path, log_dir: Path) -> None:
+        self.model, self.log_dir = model, log_dir
+        self.ports = {name: next_port() for name in ("stock", "apb", "decode")}
+        self.rooms = itertools.count(1)
+        ports = {name: self.bootstrap_port(name) for name in ("stock", "apb")}
+        groups = [
+            self.server("stock", *self.prefill(self.ports["stock"]), "--context-length", "1024"),
+            self.server("apb", *self.prefill(self.ports["apb"]), "--prefill-backend", "apb"),
+            self.server("decode", "--disaggregation-mode", "decode", "--disaggregation-decode-enable-radix-cache"),
+        ]
+        self.service = LocalService(groups, self.url("decode"), ports | self.ports)
+
+    def server(self, name: str, *arguments: str) -> ProcessGroup:
+        transfer = ("--disaggregation-transfer-backend", "zmq")
+        port = self.ports.setdefault(name, next_port())
+        used = {name: port, f"{name}'s ranks": port + 1}
+        log = self.log_dir / f"{name}.log"
+        return servers.server_group(name, str(self.model), used, [*FLOAT32, *transfer, *arguments], log)
+
+    @staticmethod
+    def prefill(port: int) -> tuple[str, ...]:
+        return "--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(port + 2)
+
+    def bootstrap_port(self, name: str) -> int:
+        return self.ports[name] + 2
+
+    def url(self, name: str) -> str:
+        return f"http://{servers.HOST}:{self.ports[name]}"
+
+    def wait_up(self) -> None:
+        self.service._wait_until(lambda: all(is_up(self.url(name)) for name in self.ports), "starting", 600)
+
+    def ask(self, prefill: str, prompt: list[int], timeout: float = 60) -> list[requests.Response]:
+        """What each of the two says to its half of a request, as SGLang's router asks them."""
+        where = {"bootstrap_host": servers.HOST, "bootstrap_port": self.bootstrap_port(prefill)}
+        sampling = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompt, "sampling_params": sampling, "bootstrap_room": next(self.rooms), **where}
+        with ThreadPoolExecutor() as pool:
+            halves = [
+                pool.submit(requests.post, f"{self.url(name)}/generate", json=body, timeout=timeout)
+                for name in (prefill, "decode")
+            ]
+            return [half.result() for half in halves]
+
+
+@pytest.fixture(scope="module")
+def one_decode(plain: Plain, log_dirs: Iterator[Path]) -> Iterator[OneDecodeServer]:
+    """Their context lengths differ, too."""
+    these = OneDecodeServer(plain.model, next(log_dirs))
+    with these.service:
+        these.wait_up()
+        yield these
+
+
+@pytest.mark.server
+def test_context_lengths_may_differ_for_prompts_that_fit_both(one_decode: OneDecodeServer, plain: Plain) -> None:
+    for _ in range(2):
+        _, answer = one_decode.ask("stock", plain.prompts[300])
+        assert answer.ok, answer.text
+        assert tuple(answer.json()["output_ids"]) == plain.answers[300].token_ids[:8]
+    assert answer.json()["meta_info"]["cached_tokens"] > 0, "the decode server keeps prefixes of plain prefill"
+
+
+@pytest.mark.server
+def test_sparse_kv_is_not_sent_to_a_decode_server_that_keeps_prefixes(
+    one_decode: OneDecodeServer, plain: Plain
+) -> None:
+    for length in (300, 3000):
+        started = time.monotonic()
+        for answer in one_decode.ask("apb", plain.prompts[length]):
+            assert not answer.ok
+            assert "start it without --disaggregation-decode-enable-radix-cache" in answer.text
+        assert time.monotonic() - started < 20
+    assert one_decode.ask("stock", plain.prompts[300])[1].ok
+
+
+@pytest.mark.server
+def test_two_prefill_servers_of_one_bootstrap_port(one_decode: OneDecodeServer, plain: Plain) -> None:
+    port = one_decode.bootstrap_port("stock")
+    second = one_decode.server("second", *one_decode.prefill(one_decode.ports["stock"]))
+    second.start()
+    assert wait_for(lambda: second.exit_status is not None, 120)
+    second.stop()
+    del one_decode.ports["second"]
+    assert second.exit_status == 2
+    log = second.log_path.read_text()
+    assert f"sglang: error: port {port} for the bootstrap server is not free (Address already in use): end what" in log
+    assert "Traceback" not in log and "Load weight" not in log
+    assert one_decode.ask("stock", plain.prompts[300])[1].ok
+
+
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "/v1/embeddings": {"model": "m", "input": "Hello"},
+    "/encode": {"text": "Hello"},
+    "/classify": {"text": "Hello"},
+    "/v1/rerank": {"query": "Hello", "documents": ["a", "b"]},
+}
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("path", EMBEDDINGS)
+@pytest.mark.parametrize("name", ["apb", "decode"])
+def test_a_server_of_tokens_is_not_asked_for_embeddings(name: str, path: str, one_decode: OneDecodeServer) -> None:
+    answer = requests.post(f"{one_decode.url(name)}{path}", json=EMBEDDINGS[path], timeout=30)
+    assert 400 <= answer.status_code < 500, answer.text
+    assert is_up(one_decode.url(name))
+
+
+COMPAT = Compat("Toy", "toy", "float32", 1, 1, [4], [4])
+
+
+def test_the_context_length_is_not_the_models() -> None:
+    config = {"hidden_size": 576, "max_position_embeddings": 8192}
+    assert describe_model("Toy", config | {"context_len": 8192}) == describe_model(
+        "Toy", config | {"context_len": 4096}
+    )
+    assert describe_model("Toy", config)[1] != describe_model("Toy", config | {"max_position_embeddings": 4096})[1]
+
+
+@pytest.mark.parametrize(
+    ("prefill_backend", "reuses_kv", "is_refused"), [("apb", True, True), ("apb", False, False), ("", True, False)]
+)
+def test_kv_that_depends_on_the_question_is_not_for_a_decode_cache(
+    prefill_backend: str, reuses_kv: bool, is_refused: bool
+) -> None:
+    prefill = msgspec.structs.replace(COMPAT, prefill_backend=prefill_backend)
+    decode = msgspec.msgpack.decode(
+        msgspec.msgpack.encode(msgspec.structs.replace(COMPAT, reuses_kv=reuses_kv)), type=Compat
+    )
+    difference = find_difference(prefill, decode)
+    assert bool(difference) == is_refused
+    if difference:
+        assert "runs --prefill-backend apb" in difference
+        assert difference.endswith("start it without --disaggregation-decode-enable-radix-cache.")
 
 
 def bootstrap_server(kind: type, port: int) -> Any:

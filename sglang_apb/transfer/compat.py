@@ -15,6 +15,7 @@ _NOT_THE_MODEL = frozenset(
     {
         *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"),
         *("original_num_attention_heads", "original_total_num_kv_heads"),  # SGLang's own notes, on CPUs
+        "context_len",  # SGLang's note of --context-length, by which each server refuses prompts at its own door
     }
 )
 
@@ -23,8 +24,11 @@ _Text = Annotated[str, Meta(max_length=256)]
 _Size = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
-class Compat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One server's side. `kv_head_lens`: bytes of one page and head in each buffer; `aux_item_lens`: of one row."""
+class Compat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One server's side. `kv_head_lens`: bytes of one page and head in each buffer; `aux_item_lens`: of one row.
+    `prefill_backend`: ours, of the prefill server; `reuses_kv`: whether the decode server finds the KV of earlier
+    prompts in its prefix cache.
+    """
 
     model: _Text
     model_hash: _Text
@@ -33,6 +37,8 @@ class Compat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_kv_heads: _Size
     kv_head_lens: _ItemLens
     aux_item_lens: _ItemLens
+    prefill_backend: _Text = ""
+    reuses_kv: bool = False
 
 
 def describe_model(architecture: str, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -62,6 +68,12 @@ def find_difference(prefill: Compat, decode: Compat) -> str | None:
     for name, ours, theirs, option in options:
         if ours != theirs:
             return f"The prefill server has {name} {ours}, the decode server {theirs}: give both the same {option}."
+    if prefill.prefill_backend and decode.reuses_kv:
+        return (
+            f"The prefill server runs --prefill-backend {prefill.prefill_backend}, and the KV of its prompts depends "
+            "on their questions; the decode server would answer others over it: start it without "
+            "--disaggregation-decode-enable-radix-cache."
+        )
     if prefill.kv_head_lens != decode.kv_head_lens:
         return (
             f"A head's page has {sum(prefill.kv_head_lens)} bytes in {len(prefill.kv_head_lens)} buffers on the "

@@ -165,6 +165,9 @@ class ZmqKVManager(CommonKVManager):
             num_kv_heads=self._num_kv_heads,
             kv_head_lens=[size // len(self._heads) for size in self._item_lens()],
             aux_item_lens=[int(size) for size in args.aux_item_lens],
+            prefill_backend=insides.options_of(self.server_args).backend or "",
+            reuses_kv=self.disaggregation_mode == DisaggregationMode.DECODE
+            and insides.resolved(self.server_args).disaggregation_decode_enable_radix_cache,
         )
 
 
