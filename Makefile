@@ -18,7 +18,7 @@ test: $(INSTALLED) $(MODEL)/config.json
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy sglang_apb
+	@$(BIN)/mypy sglang_apb patches kernels
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix .

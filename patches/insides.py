@@ -6,8 +6,10 @@ Each is named here and nowhere else in the hooks. When SGLang moves one of them,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import torch
@@ -57,6 +59,13 @@ def sequence_parallel_group() -> Any:
     return get_parallel().attn_cp_group.device_group
 
 
+def sequence_parallel_cpu_group() -> Any:
+    """The same, over gloo."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().attn_cp_group.cpu_group
+
+
 def world() -> Any:
     """All ranks of the server, SGLang's GroupCoordinator: `world_size` and `cpu_group`."""
     from sglang.srt.distributed.parallel_state import get_world_group
@@ -80,7 +89,94 @@ def as_one_rank() -> AbstractContextManager[Any]:
     )
 
 
-# ---- requests ------------------------------------------------------------------------------------
+# ---- requests, as clients send them --------------------------------------------------------------
+
+
+def is_disaggregated() -> bool:
+    """Whether this server is half of a prefill/decode pair."""
+    from sglang.srt.runtime_context import get_disagg
+
+    return bool(get_disagg().disaggregation_mode != "null")
+
+
+def is_generation(record: Any) -> bool:
+    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+
+    return isinstance(record, TokenizedGenerateReqInput)
+
+
+def num_choices(request: Any) -> Any:
+    """`n` as the client gave it, of any type; of several prompts that of the first, with which SGLang compares."""
+    sampling = request.sampling_params
+    first = sampling[0] if isinstance(sampling, list) and sampling else sampling
+    return first.get("n") if isinstance(first, dict) else None
+
+
+def spread_choices(request: Any) -> None:
+    """Makes prompts of one choice each of a request for `n`, with bootstrap rooms of their own, the same on both
+    servers. SGLang sends all choices of a prompt, and one more request that fills its cache, with the prompt's room.
+    """
+    n = num_choices(request) or 1
+    sampling = request.sampling_params
+    all_sampling = sampling if isinstance(sampling, list) else [sampling]
+    if n == 1 or any(one.get("n") != n for one in all_sampling):
+        return  # SGLang refuses the latter
+    for one in all_sampling:
+        one["n"] = 1
+    prompts = next(given for given in (request.text, request.input_ids, request.input_embeds) if given is not None)
+    is_single = isinstance(prompts, str) or isinstance(prompts[0], int) or _is_numbers(prompts[0])
+    for name in _PROMPT_FIELDS if is_single else vars(request):
+        value = getattr(request, name)
+        if is_single and value is not None:
+            setattr(request, name, [value] * n)
+        elif isinstance(value, list) and len(value) == len(prompts):
+            setattr(request, name, [one for one in value for _ in range(n)])
+    if isinstance(request.rid, list):
+        request.rid = [f"{rid}_{i}" for i, rid in enumerate(request.rid)]
+    if isinstance(request.bootstrap_room, list):
+        request.bootstrap_room = [room + i % n for i, room in enumerate(request.bootstrap_room)]
+
+
+_PROMPT_FIELDS = ("text", "input_ids", "input_embeds", "image_data", "video_data", "audio_data")
+
+
+def _is_numbers(row: Any) -> bool:
+    return isinstance(row, list) and bool(row) and isinstance(row[0], float)
+
+
+def check_types(record: Any) -> None:
+    """Raises ValueError or OverflowError where the scheduler could not read `record`.
+
+    Left out is what SGLang's own processors put there: it may be large.
+    """
+    import msgspec
+    from sglang.srt.managers.embed_types import PositionalEmbeds
+    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
+
+    if not isinstance(record.positional_embed_overrides, PositionalEmbeds | None):
+        raise ValueError("positional_embed_overrides is not for clients: leave it out")
+    alone = msgspec.structs.replace(record, mm_inputs=None, positional_embed_overrides=None, time_stats=None)
+    try:
+        msgpack_decode(msgpack_encode(alone))
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at ")
+        raise ValueError(f"{_field_at(record, path)}: {what[0].lower()}{what[1:]}") from None
+
+
+def _field_at(record: Any, path: str) -> str:
+    """The name of what is at msgspec's `path`, such as `$[8][25]`: structs travel as arrays, this one behind a tag."""
+    names, inner = [], record
+    for place in map(int, re.findall(r"\[(\d+)\]", path)):
+        fields = getattr(inner, "__struct_fields__", ())
+        index = place - 1 if inner is record else place
+        if not 0 <= index < len(fields):
+            break
+        names.append(fields[index])
+        inner = getattr(inner, names[-1])
+    return ".".join(names)
+
+
+# ---- requests, in the scheduler ------------------------------------------------------------------
 
 
 def notes_of(req: Any) -> Notes:
@@ -119,6 +215,21 @@ def why_aborted(req: Any) -> str | None:
 def refuse(req: Any, sentence: str) -> None:
     """SGLang runs one token in the prompt's place, and answers with HTTP 400."""
     req.set_finish_with_abort(sentence)
+
+
+def discard(req: Any, sentence: str) -> None:
+    """The request ends with HTTP 500 when its batch has run, whatever that gave."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    req.discard_output_reason = FINISH_ABORT(sentence, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
+
+
+def no_logits(model_runner: Any, num_requests: int) -> Any:
+    """What SGLang samples tokens from, for prompts whose output is discarded."""
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    shape = (num_requests, model_runner.model_config.vocab_size)
+    return LogitsProcessorOutput(torch.zeros(shape, device=model_runner.device))
 
 
 def find_nothing_cached(req: Any) -> None:

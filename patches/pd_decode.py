@@ -6,6 +6,7 @@ Official point tried: what SGLang carries beside KV (its aux buffers) has a fixe
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from sglang_apb.patches import insides
@@ -23,7 +24,7 @@ def _keep_report(self: Any, decode_req: Any) -> None:
             "kv_bytes_hidden": num_ranks * receiver.num_hidden_bytes,
             "kv_data_plane": receiver.data_plane,
         }
-        if "attention_share" in report:  # a text on the wire
+        with suppress(KeyError, ValueError):  # a text on the wire, of whatever server
             report["attention_share"] = float(report["attention_share"])
         insides.tell_client(decode_req.req, report)
         if report.get("method") != "exact":

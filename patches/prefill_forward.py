@@ -6,9 +6,13 @@ sees a layer's rows after SGLang has chosen which rows a rank computes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from sglang_apb.patches import insides, last_layer, pd_prefill
 from sglang_apb.patches._patch import Patch
 
@@ -53,27 +57,36 @@ def _keep_to_itself(layer_id: int) -> None:
 
 
 def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
-    """Attaches the split of a sparse prompt to its batch, where the requests are still at hand."""
-    result.sparse_plan = None
-    if not insides.is_prefill(batch, model_runner):
-        return
-    result.sparse_plan = _plan(batch, model_runner)
-    result.prefill_report = (
-        {"method": "exact"} if result.sparse_plan is None else backend_of(model_runner).report(result.sparse_plan)
-    )
-    result.num_prefills_ended = insides.num_prefills_ended(batch)
+    """Attaches a sparse prompt's prefill to its batch, where the request is still at hand."""
+    result.sparse = None
+    if insides.is_prefill(batch, model_runner):
+        try:
+            _attach(result, batch, model_runner)
+        except Exception as error:
+            result.sparse = NoPrefill(model_runner, len(batch.reqs))
+            for req in batch.reqs:
+                _discard(req, error)
+
+
+def _attach(result: Any, batch: Any, model_runner: Any) -> None:
+    plan = _plan(batch, model_runner)
+    report = {"method": "exact"} if plan is None else backend_of(model_runner).report(plan)
+    if plan is not None:
+        result.sparse = SparsePrefill(model_runner, batch.reqs[0], plan, _stream_of(batch, model_runner))
+    result.prefill_report, result.num_prefills_ended = report, insides.num_prefills_ended(batch)
     for req in batch.reqs:
-        insides.notes_of(req).report = result.prefill_report
-    result.on_layer = _keep_to_itself
-    if result.sparse_plan is not None and _ships_own_pages(model_runner.server_args):
-        result.on_layer = pd_prefill.layer_stream(batch) or _keep_to_itself
+        insides.notes_of(req).report = report
+
+
+def _stream_of(batch: Any, model_runner: Any) -> Callable[[int], None]:
+    stream = pd_prefill.layer_stream(batch) if _ships_own_pages(model_runner.server_args) else None
+    return stream or _keep_to_itself
 
 
 def _plan(batch: Any, model_runner: Any) -> Any:
     """The split, or None when the batch runs exact."""
     req = batch.reqs[0] if batch.reqs else None
-    wish = None if req is None else insides.notes_of(req).wish
-    if wish is None:
+    if req is None or (wish := insides.notes_of(req).wish) is None:
         return None
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens
@@ -93,9 +106,9 @@ def _forward(
     reinit_attn_backend: bool = False,
     split_forward_count: int = 1,
 ) -> Any:
-    plan = getattr(forward_batch, "sparse_plan", None)
-    if plan is not None:
-        output = _forward_sparse(self, forward_batch, plan)
+    sparse = getattr(forward_batch, "sparse", None)
+    if sparse is not None:
+        output = _output(sparse.run(forward_batch))
     else:
         output = original(self, forward_batch, pp_proxy_tensors, reinit_attn_backend, split_forward_count)
     report = getattr(forward_batch, "prefill_report", None)
@@ -106,14 +119,68 @@ def _forward(
     return output
 
 
-def _forward_sparse(model_runner: Any, forward_batch: Any, plan: Any) -> Any:
+def _output(logits: Any) -> Any:
     from sglang.srt.model_executor.model_runner import ModelRunnerOutput
 
-    backend = backend_of(model_runner)
-    num_ranks = insides.options_of(model_runner.server_args).sp_size
-    with insides.as_one_rank() if num_ranks > 1 else nullcontext():
-        logits = backend.prefill(forward_batch, plan, forward_batch.on_layer)
     return ModelRunnerOutput(logits_output=logits, can_run_graph=False)
+
+
+@dataclass(frozen=True)
+class SparsePrefill:
+    """Of the one request of a batch. What fails in it ends the request, on all ranks, and not the scheduler.
+
+    Ranks agree before they wait for each other in the layers. There, what one rank alone runs into (its GPU's memory,
+    say) leaves the others waiting, and SGLang's watchdog ends the server; what is the same on all ends the request.
+    """
+
+    model_runner: Any
+    req: Any
+    plan: Any
+    on_layer: Callable[[int], None]
+
+    def run(self, forward_batch: Any) -> Any:
+        """SGLang's LogitsProcessorOutput of the prompt's last token; of no meaning when it failed."""
+        backend, num_ranks = backend_of(self.model_runner), insides.options_of(self.model_runner.server_args).sp_size
+        as_one_rank = insides.as_one_rank if num_ranks > 1 else nullcontext
+        with as_one_rank():
+            run = self._try(lambda: backend.prepare(forward_batch, self.plan, self.on_layer))
+        if num_ranks > 1 and not _all_have(run) and run is not None:
+            insides.discard(self.req, "Another prefill rank could not prepare the prompt; its log says why.")
+            run = None
+        with as_one_rank():
+            logits = None if run is None else self._try(run)
+        return insides.no_logits(self.model_runner, num_requests=1) if logits is None else logits
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        """None when it fails."""
+        try:
+            return action()
+        except Exception as error:
+            _discard(self.req, error)
+            return None
+
+
+@dataclass(frozen=True)
+class NoPrefill:
+    """Of a batch whose requests are discarded."""
+
+    model_runner: Any
+    num_requests: int
+
+    def run(self, forward_batch: Any) -> Any:
+        return insides.no_logits(self.model_runner, self.num_requests)
+
+
+def _discard(req: Any, error: Exception) -> None:
+    logger.error("The prefill of request %s failed.", req.rid, exc_info=error)
+    insides.discard(req, f"The prefill failed ({type(error).__name__}: {error}).")
+
+
+def _all_have(prepared: Any) -> bool:
+    """Whether all ranks are prepared. On the host: the GPU's ranks must not wait for each other yet."""
+    least = torch.tensor(int(prepared is not None))
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=insides.sequence_parallel_cpu_group())
+    return bool(least)
 
 
 PATCHES = (

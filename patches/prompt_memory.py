@@ -19,6 +19,7 @@ import torch.distributed as dist
 from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of, replicates_kv
+from sglang_apb.patches.row_chunks import CHUNK_ROWS
 
 from sglang_apb import capacity
 from sglang_apb.backends.activations import RowSizes
@@ -44,8 +45,15 @@ def _leave_room(available_bytes: int, configurator: Any, pre_model_load_memory: 
     per_row = sizes.bytes_per_row(num_ranks if replicate else 0)
     per_token = per_row // num_ranks if replicate else per_row
     kv = sizes.kv_bytes_per_token(configurator.model_config.num_hidden_layers)
-    table = _table_bytes(configurator, free_bytes // kv)
-    return min(available_bytes, capacity.pool_bytes(free_bytes - table, kv, per_token))
+    taken = _fixed_bytes(configurator.model_config) + _table_bytes(configurator, free_bytes // kv)
+    longest = configurator.model_config.context_len
+    num_longest = longest if replicate else -(-longest // num_ranks)
+    return min(available_bytes, capacity.pool_bytes(free_bytes - taken, kv, per_token, num_longest))
+
+
+def _fixed_bytes(model_config: Any) -> int:
+    """Whatever the prompt; feed-forward layers take at most one and a half times the rows of a chunk at once."""
+    return capacity.FIXED_BYTES + RowSizes.of(model_config).feed_forward_bytes(CHUNK_ROWS * 3 // 2)
 
 
 def _table_bytes(configurator: Any, num_tokens: int) -> int:
@@ -59,13 +67,19 @@ def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     runner = worker.model_runner
     backend = backend_of(runner)
     _warm_up(runner)
-    room = Room(runner.max_total_num_tokens, runner.page_size, _activation_bytes(runner))
+    runner.activation_room = _activation_bytes(runner)
+    room = Room(runner.max_total_num_tokens, runner.page_size, activation_room(runner))
     largest = capacity.largest_prompt(backend, room)
     longest = worker.model_config.context_len - 1
     max_req_len = min(longest if backend.keeps_parts else info[4], largest + 6)
     if insides.is_first_rank():
         logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, room, largest))
     return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
+
+
+def activation_room(runner: Any) -> int | None:
+    """Bytes that a prompt's rows may take on any rank, as it was when the server started; None on a CPU."""
+    return getattr(runner, "activation_room", None)
 
 
 def _warm_up(runner: Any) -> None:
@@ -94,7 +108,7 @@ def _activation_bytes(runner: Any) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(runner.gpu_id)
     unused = torch.cuda.memory_reserved(runner.gpu_id) - torch.cuda.memory_allocated(runner.gpu_id)
-    least = torch.tensor(free + unused - capacity.FIXED_BYTES)
+    least = torch.tensor(free + unused - _fixed_bytes(runner.model_config))
     if insides.options_of(runner.server_args).sp_size > 1:
         dist.all_reduce(least, dist.ReduceOp.MIN, group=insides.world().cpu_group)
     return max(int(least), 0)

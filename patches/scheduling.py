@@ -8,11 +8,12 @@ Official points: the request's `extra_key` and `skip_radix_cache_insert` keep it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import insides, prompt_memory
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of
 
@@ -20,36 +21,63 @@ from sglang_apb import capacity, config, requests
 from sglang_apb.backends.base import KeptTokens
 from sglang_apb.layout import LayoutError
 
+logger = logging.getLogger(__name__)
+
 
 def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
-    """Notes once, before any queue sees the request, how it runs and what of its KV this rank keeps."""
+    """Notes once, before any queue sees the request, how it runs and what of its KV this rank keeps. What fails in it
+    ends the request, on all ranks alike.
+    """
     notes = insides.notes_of(req)
     if is_retracted or notes.is_decided:
         return
     notes.is_decided = True
     if insides.is_ended(req):
         return
-    runner, prompt = self.tp_worker.model_runner, insides.prompt_of(req)
-    backend, options = backend_of(runner), insides.options_of(self.server_args)
-    shortest = config.parse(options.config_text).shortest_sparse(runner.device, options.sp_size)
     try:
-        wish, kept, owned = requests.wish_of(prompt, shortest), None, None
+        refusal = _note_way(self, req, notes)
     except requests.RequestError as error:  # from a process that does not check (patches/request_checks.py)
-        insides.refuse(req, str(error))
-        return
+        refusal = str(error)
+    except Exception as error:
+        logger.exception("request %s could not be laid out", req.rid)
+        refusal = f"The prompt could not be laid out ({type(error).__name__}: {error})."
+    if refusal:
+        insides.refuse(req, refusal)
+
+
+def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
+    """Why the prompt is refused; empty when it is not."""
+    runner, prompt = scheduler.tp_worker.model_runner, insides.prompt_of(req)
+    backend, options = backend_of(runner), insides.options_of(scheduler.server_args)
+    shortest = config.parse(options.config_text).shortest_sparse(runner.device, options.sp_size)
+    wish, plan = requests.wish_of(prompt, shortest), None
     if wish is not None:
-        try:
+        with suppress(LayoutError):  # shorter than a question and a page of context
             plan = backend.plan(prompt.num_tokens, wish)
-            kept, owned = backend.kept_tokens(plan), backend.owned_pages(plan)
-        except LayoutError:  # shorter than a question and a page of context
-            wish = None
-    if backend.keeps_parts and (error := _find_lack_of_slots(self, prompt.num_tokens, kept)):
-        insides.refuse(req, error)
-        return
-    notes.wish, notes.kept, notes.owned_pages = wish, kept, owned
-    if wish is not None:
-        insides.find_nothing_cached(req)
-        insides.leave_nothing_cached(req)
+    kept = None if plan is None else backend.kept_tokens(plan)
+    if backend.keeps_parts and (lack := _find_lack_of_slots(scheduler, prompt.num_tokens, kept)):
+        return lack
+    if plan is None:
+        return ""
+    if lack := _find_lack_of_memory(runner, prompt.num_tokens, backend.activation_bytes(plan)):
+        return lack
+    notes.wish, notes.kept, notes.owned_pages = wish, kept, backend.owned_pages(plan)
+    insides.find_nothing_cached(req)
+    insides.leave_nothing_cached(req)
+    return ""
+
+
+def _find_lack_of_memory(runner: Any, num_tokens: int, num_bytes: int) -> str:
+    """A sentence when a GPU has no room for the prompt's rows; `question_tokens` makes a prompt larger than others of
+    its length, which were compared when the server started.
+    """
+    room = prompt_memory.activation_room(runner)
+    if room is None or num_bytes <= room:
+        return ""
+    return (
+        f"The prompt of {num_tokens} tokens takes {num_bytes / 1e9:.1f} GB of a GPU that has {room / 1e9:.1f} GB for "
+        f"it: give a shorter prompt, or fewer question_tokens."
+    )
 
 
 def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from sglang_apb.backends.base import PrefillBackend, Wish
 from sglang_apb.layout import LayoutError
 
-# Kept free for what does not grow with a prompt: FlashInfer's workspace (attention/flashinfer.py), the feed-forward
-# layers' rows (patches/row_chunks.py; 2.1 GB of Llama-3.1-8B's), NCCL, and what the allocator cannot use.
-FIXED_BYTES = 4 << 30
+# Kept free for what depends neither on the prompt nor on the model: FlashInfer's workspace (attention/flashinfer.py),
+# NCCL, and what the allocator cannot use.
+FIXED_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,11 @@ def _prompt_fits(backend: PrefillBackend, num_tokens: int, room: Room) -> bool:
     return room.activation_bytes is None or backend.activation_bytes(plan) <= room.activation_bytes
 
 
-def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: int) -> int:
-    """How much of `free_bytes` to give to a KV pool, so that a prompt that fills it can be computed in the rest.
+def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: int, num_longest: int) -> int:
+    """How much of `free_bytes` to give to a KV pool, so that a prompt that fills it can be computed in the rest, or the
+    longest that there can be, of which a rank keeps `num_longest` tokens.
 
     kv_bytes, activation_bytes: of one more token that a rank keeps.
     """
-    return max(free_bytes - FIXED_BYTES, 0) * kv_bytes // (kv_bytes + activation_bytes)
+    free = max(free_bytes, 0)
+    return max(free * kv_bytes // (kv_bytes + activation_bytes), free - num_longest * activation_bytes)

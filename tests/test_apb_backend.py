@@ -18,7 +18,13 @@ from sglang_apb.rank_group import RankGroup
 
 def backend(group: Any = None, replicate_kv: bool = False, **config: Any) -> apb.ApbBackend:
     model = SimpleNamespace(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, dtype=torch.float32, context_len=8192
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        dtype=torch.float32,
+        context_len=8192,
+        hf_text_config=SimpleNamespace(intermediate_size=128),
     )
     runner = SimpleNamespace(
         model_config=model,
@@ -78,7 +84,9 @@ def test_activations_are_those_of_the_rank_with_most_rows() -> None:
     made = backend(num_blocks=4)
     plan = made.plan(1000, Wish())
     row = 1.15 * 4 * (2 * 64 + 64 + 64 + 64 + 64)  # residual, input, Q, K and V, attention, output; float32
-    assert made.activation_bytes(plan) == 1000 * int(row)
+    question_row = 1.15 * 4 * 2 * (64 + 4 * 4)  # its attention over the context and over itself, in float32
+    of_question = len(plan.question) * int(question_row)
+    assert made.activation_bytes(plan) == 1000 * int(row) + of_question
     recomputed = backend(num_blocks=4, anchor=100, anchor_mode="recomputed")
     copied = 100 + len(recomputed.plan(1000, Wish()).question)
-    assert recomputed.activation_bytes(recomputed.plan(1000, Wish())) == (1000 + copied) * int(row)
+    assert recomputed.activation_bytes(recomputed.plan(1000, Wish())) == (1000 + copied) * int(row) + of_question

@@ -17,6 +17,15 @@ from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
 from sglang_apb.requests import Notes
 
+LLAMA = SimpleNamespace(
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    hf_text_config=SimpleNamespace(intermediate_size=14336),
+)
+
 
 def kept_by(layout: Layout, rank: int) -> KeptTokens:
     own = tuple(layout.rows_of(rank).block_tokens.values())
@@ -94,18 +103,29 @@ def test_activations_limit_a_prompt_that_slots_would_take() -> None:
 
 def test_a_pool_leaves_what_its_prompt_takes() -> None:
     """Llama-3.1-8B on 63 GiB beside its weights: slots for more than half of 512K tokens on each of two GPUs."""
-    llama = SimpleNamespace(
-        hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, dtype=torch.bfloat16
-    )
-    sizes, free = RowSizes.of(llama), 63 << 30
+    sizes, free = RowSizes.of(LLAMA), 63 << 30
+    free -= capacity.FIXED_BYTES + sizes.feed_forward_bytes(24576)
     kv = sizes.kv_bytes_per_token(32)
     assert kv == 131072
-    pool = capacity.pool_bytes(free, kv, sizes.bytes_per_row())
+    pool = capacity.pool_bytes(free, kv, sizes.bytes_per_row(), num_longest=524_288)
     num_tokens = pool // kv
     assert num_tokens > 262_144 + 256
-    assert pool + num_tokens * sizes.bytes_per_row() + capacity.FIXED_BYTES == pytest.approx(free, rel=1e-5)
-    assert capacity.pool_bytes(capacity.FIXED_BYTES - 1, kv, 1) == 0
+    assert pool + num_tokens * sizes.bytes_per_row() == pytest.approx(free, rel=1e-5)
+    assert capacity.pool_bytes(-1, kv, 1, num_longest=9) == 0
     assert sizes.bytes_per_row(num_ranks_gathered=2) > sizes.bytes_per_row()
+
+
+def test_no_more_is_left_than_the_models_longest_prompt_takes() -> None:
+    assert capacity.pool_bytes(1000, kv_bytes=3, activation_bytes=2, num_longest=200) == 600
+    assert capacity.pool_bytes(1000, kv_bytes=3, activation_bytes=2, num_longest=50) == 900
+
+
+def test_a_question_counts_with_its_partial_results() -> None:
+    """[num_q_heads, head_dim] and a log-sum-exp a row, in float32: of two attentions, of both, and of all ranks."""
+    sizes = RowSizes.of(LLAMA)
+    a_row = 4 * (32 * 128 + 4 * 32)
+    assert sizes.partial_bytes_per_question_row(1) == int(1.15 * 2 * a_row)
+    assert sizes.partial_bytes_per_question_row(4) == int(1.15 * 7 * a_row)
 
 
 def test_slots_are_given_back_with_the_spare_ones() -> None:

@@ -84,6 +84,21 @@ def test_a_prompt_that_was_given_up_says_why() -> None:
     assert req.disagg_kv_sender.told == ["The prompt does not fit."]
 
 
+@pytest.mark.parametrize(("share", "kept"), [("0.25", 0.25), ("a quarter", "a quarter"), (None, None)])
+def test_a_report_that_cannot_be_read_is_passed_on(share: str | None, kept: Any) -> None:
+    """It is another server's; the KV is here all the same."""
+    receiver = SimpleNamespace(
+        prefill_info={"method": "apb"} | ({"attention_share": share} if share else {}),
+        kv_mgr=SimpleNamespace(attn_tp_size=1),
+        num_bytes=1,
+        num_hidden_bytes=0,
+        data_plane="zmq",
+    )
+    req = request(None)
+    pd_decode._keep_report(None, SimpleNamespace(kv_receiver=receiver, req=req))
+    assert req.customized_info["prefill"][0].get("attention_share") == kept
+
+
 @pytest.mark.parametrize(("method", "is_kept_out"), [("apb", True), ("exact", False)])
 def test_sparse_kv_stays_out_of_decodes_prefix_cache(method: str, is_kept_out: bool) -> None:
     """It depends on the question: another one about the same document would decode over it."""

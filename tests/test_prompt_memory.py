@@ -17,6 +17,7 @@ from sglang_apb.options import PluginOptions
 GIB = 1 << 30
 # Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token; a row's activations 51,814.
 KV_BYTES, ROW_BYTES = 131072, 51814
+FEED_FORWARD_BYTES = 24576 * (3 * 14336 + 4096) * 2
 FREE_GIB, CONTEXT = 60, 131072
 
 
@@ -29,6 +30,7 @@ def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1)
         dtype=torch.bfloat16,
         num_hidden_layers=32,
         context_len=CONTEXT,
+        hf_text_config=SimpleNamespace(intermediate_size=14336),
     )
     server_args = SimpleNamespace(
         mem_fraction_static=0.8 if is_given else None,
@@ -51,9 +53,16 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_pool_leaves_what_its_rows_take() -> None:
     pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
     table = 16 * CONTEXT * 4
-    num_tokens = pool // KV_BYTES
-    taken = num_tokens * (KV_BYTES + ROW_BYTES)
-    free = FREE_GIB * GIB - capacity.FIXED_BYTES - table
+    free = FREE_GIB * GIB - capacity.FIXED_BYTES - FEED_FORWARD_BYTES - table
+    assert free // (KV_BYTES + ROW_BYTES) > CONTEXT
+    assert pool == free - CONTEXT * ROW_BYTES  # no prompt is longer
+
+
+def test_a_small_pool_leaves_what_its_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: 20)
+    pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+    taken = pool // KV_BYTES * (KV_BYTES + ROW_BYTES)
+    free = 20 * GIB - capacity.FIXED_BYTES - FEED_FORWARD_BYTES - 16 * CONTEXT * 4
     assert free - (KV_BYTES + ROW_BYTES) < taken <= free
 
 

@@ -13,6 +13,8 @@ from sglang_apb.config import parse
 from sglang_apb.layout import plan
 from sglang_apb.options import PluginOptions
 
+ROOM = 300_000_000  # bytes
+
 
 class Request:
     """The parts of SGLang's Req that decide."""
@@ -48,12 +50,15 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
         keeps_parts=keeps_parts,
         kept_tokens=kept,
         owned_pages=lambda layout: layout.owned_pages(0, page_size),
-        plan=lambda num_tokens, wish: plan(num_tokens, parse(config), num_ranks=2, page_size=page_size),
+        activation_bytes=lambda layout: 1_000_000 * len(layout.question),
+        plan=lambda num_tokens, wish: plan(
+            num_tokens, parse(config), num_ranks=2, page_size=page_size, question_tokens=wish.question_tokens
+        ),
     )
     monkeypatch.setattr(scheduling, "backend_of", lambda runner: backend)
     scheduler = SimpleNamespace(
         server_args=SimpleNamespace(plugin_options=PluginOptions("apb", config_text=config)),
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu")),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu", activation_room=ROOM)),
         max_total_num_tokens=1000,
         page_size=page_size,
     )
@@ -103,6 +108,22 @@ def test_a_wish_that_nobody_checked_is_refused(monkeypatch: pytest.MonkeyPatch) 
     req.sampling_params.custom_params = {"prefill": {"exact": 1}}
     decided(req, monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
     assert "['exact'] must be true or false, not 1" in req.error and insides.notes_of(req).wish is None
+
+
+def test_a_question_that_a_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length, error in ((300, None), (301, "takes 0.3 GB of a GPU that has 0.3 GB")):
+        req = Request(900)
+        req.sampling_params.custom_params = {"prefill": {"question_tokens": length}}
+        decided(req, monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
+        assert req.error is error or (error in req.error and "fewer question_tokens" in req.error)
+        assert (insides.notes_of(req).wish is None) == bool(error)
+
+
+def test_an_error_of_ours_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling.requests, "wish_of", lambda *_: 1 // 0)
+    req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
+    assert req.error == "The prompt could not be laid out (ZeroDivisionError: integer division or modulo by zero)."
+    assert insides.notes_of(req).wish is None
 
 
 def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.MonkeyPatch) -> None:

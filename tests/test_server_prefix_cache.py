@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,20 @@ def test_a_prefix_that_is_sent_early_ends_no_server(
             # Of an exact prompt in one chunk, nothing else leaves before its batch has ended.
             assert (answer.prefill["kv_bytes_hidden"] > 0) == is_found
             asked_before.add(length)
+
+
+def test_prompts_that_begin_alike_keep_their_pages(plain: Plain, log_dirs: Iterator[Path]) -> None:
+    """In small pools, many at once: pages that SGLang frees as duplicates of the tree's soon belong to another prompt,
+    while decode may still read them. Sparse prompts, whose layers leave before their batch has ended, never enter it.
+    """
+    settings = ("--prefill-backend-config", '{"passing": "all", "min_tokens": 900}')
+    pool = ("--max-total-tokens", "4500", "--page-size", str(PAGE))
+    service = cluster(plain.model, next(log_dirs), 1, *settings, arguments=pool)
+    document = plain.prompts[1300][:800]
+    asked = [[*document, *plain.prompts[300][:length], 7 + number] for number in range(4) for length in (40, 200)]
+    with running(service) as url, ThreadPoolExecutor(6) as clients:
+        alone = [generate(url, prompt).token_ids for prompt in asked]
+        together = list(clients.map(lambda number: generate(url, asked[number % 8]), range(64)))
+    assert [answer.token_ids for answer in together] == alone * 8
+    assert {answer.prefill["method"] for answer in together if answer.prefill} == {"apb", "exact"}
+    assert any(answer.cached_tokens >= 800 for answer in together), "no prompt was found, so nothing was tested"

@@ -15,6 +15,8 @@ class RowSizes:
     hidden: int
     q: int
     kv: int  # of K and V together
+    feed_forward: int
+    num_q_heads: int
     item_bytes: int
 
     @classmethod
@@ -25,6 +27,8 @@ class RowSizes:
             hidden=config.hidden_size,  # type: ignore[attr-defined]
             q=config.num_attention_heads * config.head_dim,  # type: ignore[attr-defined]
             kv=2 * config.num_key_value_heads * config.head_dim,  # type: ignore[attr-defined]
+            feed_forward=config.hf_text_config.intermediate_size,  # type: ignore[attr-defined]
+            num_q_heads=config.num_attention_heads,  # type: ignore[attr-defined]
             item_bytes=config.dtype.itemsize,  # type: ignore[attr-defined]
         )
 
@@ -35,6 +39,17 @@ class RowSizes:
         gathered = (1 + num_ranks_gathered) * self.kv if num_ranks_gathered else 0
         numbers = 2 * self.hidden + self.q + self.kv + self.q + max(self.hidden, gathered)
         return int(_ALLOWANCE * self.item_bytes * numbers)
+
+    def partial_bytes_per_question_row(self, num_ranks: int) -> int:
+        """The question's float32 results and log-sum-exps (`sparse_attention.py`): over the context and over itself,
+        and on several ranks their sum and those of all ranks.
+        """
+        num_partials = 2 + (1 + num_ranks if num_ranks > 1 else 0)
+        return int(_ALLOWANCE * 4 * num_partials * (self.q + 4 * self.num_q_heads))
+
+    def feed_forward_bytes(self, num_rows: int) -> int:
+        """What so many rows take in a feed-forward layer: gate and up, their product, and the result."""
+        return num_rows * (3 * self.feed_forward + self.hidden) * self.item_bytes
 
     def kv_bytes_per_token(self, num_layers: int) -> int:
         return self.kv * self.item_bytes * num_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,9 @@ class ApbBackend(PrefillBackend):
 
     def activation_bytes(self, plan: Layout) -> int:
         num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
-        return num_local_rows * self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
+        per_row = self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
+        per_question_row = self._row_sizes.partial_bytes_per_question_row(self._group.size)
+        return num_local_rows * per_row + len(plan.question) * per_question_row
 
     def builds(self) -> Sequence[Build]:
         model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype
@@ -97,10 +100,13 @@ class ApbBackend(PrefillBackend):
             num_tokens *= 2
         return None
 
-    def prefill(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Any:
+    def prepare(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Callable[[], Any]:
         device = forward_batch.input_ids.device
         sparse = SparseAttention(plan, self._group, self._engine, self._selector, device)
         cache = KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
+        return partial(self._prefill, forward_batch, sparse, cache)
+
+    def _prefill(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache) -> Any:
         rows = sparse.rows
         if self._config.order == "one_pass":
             last_layer = self._runner.model_config.num_hidden_layers - 1

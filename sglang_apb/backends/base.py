@@ -67,11 +67,12 @@ class PrefillBackend(ABC):
         """
 
     @abstractmethod
-    def prefill(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Any:
-        """Runs the model over the one request of `forward_batch` and writes its KV.
+    def prepare(self, forward_batch: Any, plan: Any, on_layer: Callable[[int], None]) -> Callable[[], Any]:
+        """What is done of a prefill before ranks wait for each other; the result does the rest, on all ranks or none.
 
-        `on_layer` is called with each layer's number in turn, once the kernels that write its KV are under way.
-        Returns SGLang's LogitsProcessorOutput for the prompt's last token, the same on all ranks.
+        It runs the model over the one request of `forward_batch` and writes its KV. `on_layer` is called with each
+        layer's number in turn, once the kernels that write its KV are under way. It returns SGLang's
+        LogitsProcessorOutput for the prompt's last token, the same on all ranks.
         """
 
     @abstractmethod

@@ -1,0 +1,138 @@
+"""What one request does wrong, or we do with it, ends that request: the server goes on, and the next one is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from asking import ALL_PASSED, GREEDY, generate
+from conftest import cluster, running, server
+from faulty import sitecustomize as faulty
+from halves import server_of
+
+from sglang_apb.commands.servers import HOST, LocalCluster
+
+pytestmark = pytest.mark.server
+CONFIG = ("--prefill-backend-config", ALL_PASSED)
+PROMPT = [(5 + i * 37) % 40000 for i in range(900)]
+FAILED = "The prefill failed (RuntimeError: a fault of this test)."
+# The first rank answers clients of one server; decode tells what it has heard first.
+FAULTS = {
+    faulty.DECIDING: ("The prompt could not be laid out (RuntimeError: a fault of this test).",),
+    faulty.PREPARING: (FAILED,),
+    faulty.PREPARING_ON_RANK_1: (FAILED, "Another prefill rank could not prepare the prompt; its log says why."),
+    faulty.COMPUTING: (FAILED,),
+}
+
+
+def post(url: str, path: str = "/generate", **body: Any) -> requests.Response:
+    if path == "/generate":
+        body = {"input_ids": PROMPT[:60], "sampling_params": GREEDY} | body
+    return requests.post(f"{url}{path}", json=body, timeout=120)
+
+
+@pytest.fixture(scope="module", params=["one server", "prefill and decode"])
+def url(request: Any, tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[str]:
+    """Two ranks, of which one or both fail at prompts of certain lengths."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(faulty.__file__).parent))
+        if request.param == "one server":
+            service: Any = server(
+                tiny(), next(log_dirs), "--prefill-backend", "apb", "--sp-size", "2", *CONFIG, "--enable-metrics"
+            )
+        else:
+            service = cluster(tiny(), next(log_dirs), 2, *CONFIG, arguments=("--enable-metrics",))
+        with running(service) as url:
+            yield url
+
+
+@pytest.mark.parametrize("length", FAULTS)
+def test_a_fault_of_ours_ends_its_request_alone(length: int, url: str) -> None:
+    wanted = generate(url, PROMPT).token_ids
+    response = post(url, input_ids=[5] * length)
+    assert response.status_code >= 400 and any(text in response.text for text in FAULTS[length]), response.text
+    assert generate(url, PROMPT).token_ids == wanted
+
+
+BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "vocabulary": ({"input_ids": [5] * 2999 + [60_000]}, "input_ids has 60000"),
+    "stop ids": ({"sampling_params": {"stop_token_ids": [999_999], "min_new_tokens": 2}}, "stop_token_ids has 999999"),
+    "logprobs": ({"return_logprob": True, "top_logprobs_num": 60_000}, "must be 0 to"),
+    "embeddings": ({"positional_embed_overrides": {"a": 1}}, "positional_embed_overrides is not for clients"),
+    "parameters": ({"sampling_params": {"custom_params": "abc"}}, "sampling_params.custom_params: expected"),
+    "choices": ({"sampling_params": {"n": 10**9}}, "n=1000000000 must be"),
+    "pattern": ({"sampling_params": {"stop_regex": "(a+)+$"}}, "stop_regex='(a+)+$'"),
+    "session": ({"session_params": {"id": "none"}}, "session"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_REQUESTS)
+def test_a_bad_request_is_answered_with_a_sentence(what: str, url: str) -> None:
+    """To one server, and to each half: the router passes on what it knows."""
+    fields, sentence = BAD_REQUESTS[what]
+    port = int(url.rpartition(":")[2])
+    is_pair = requests.get(f"{url}/server_info", timeout=30).status_code != requests.codes.ok
+    for half in (port + 1, port + 2) if is_pair else (port,):
+        response = post(f"http://{HOST}:{half}", **fields, bootstrap_room=77)
+        assert response.status_code == requests.codes.bad_request and sentence in response.text, response.text
+    assert len(generate(url, PROMPT).token_ids) == GREEDY["max_new_tokens"]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[LocalCluster]:
+    service = cluster(tiny(), next(log_dirs), 2, *CONFIG, arguments=("--enable-metrics",))
+    with running(service):
+        yield service
+
+
+def test_choices_through_a_cluster(pair: LocalCluster) -> None:
+    alone = generate(pair.url, PROMPT).token_ids
+    answers = post(pair.url, input_ids=PROMPT, sampling_params=GREEDY | {"n": 3}).json()
+    assert [tuple(answer["output_ids"]) for answer in answers] == [alone] * 3
+    body = {"model": "any", "prompt": ["one two", "three"], "n": 2, "max_tokens": 4, "temperature": 0}
+    choices = post(pair.url, "/v1/completions", **body).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert choices[0]["text"] == choices[1]["text"] != choices[2]["text"] == choices[3]["text"]
+    body = {"model": "any", "messages": [{"role": "user", "content": "Hi"}], "n": 2, "max_tokens": 4, "stream": True}
+    lines = post(pair.url, "/v1/chat/completions", **body).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    ended = [choice["index"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert sorted(ended) == [0, 1]
+
+
+def test_halves_answer_their_health_checks(pair: LocalCluster) -> None:
+    """They run a token through the model, with SGLang's own room 0."""
+    for offset, name in ((1, "prefill"), (2, "decode")):
+        response = requests.get(f"{server_of(pair, offset, name).url}/health_generate", timeout=60)
+        assert response.status_code == requests.codes.ok, name
+
+
+@pytest.mark.parametrize("room", [-1, 0, 2**63])
+def test_rooms_that_cannot_be(room: int, pair: LocalCluster) -> None:
+    for offset, name in ((1, "prefill"), (2, "decode")):
+        fields = {"bootstrap_host": HOST, "bootstrap_port": server_of(pair, 1, "prefill").bootstrap_port}
+        response = post(server_of(pair, offset, name).url, bootstrap_room=room, **fields)
+        assert response.status_code == requests.codes.bad_request
+        assert f"bootstrap_room={room} must be 1 to 2^63 - 1" in response.text
+
+
+def test_prompt_logprobs_that_would_be_lost_are_refused(pair: LocalCluster) -> None:
+    body = {"model": "any", "prompt": "one two", "echo": True, "logprobs": 2, "max_tokens": 3}
+    assert "echo with logprobs is not available" in post(pair.url, "/v1/completions", **body).text
+    wish = {"return_logprob": True, "logprob_start_len": 0}
+    assert "logprob_start_len with stream is not available" in post(pair.url, stream=True, **wish).text
+    answer = post(pair.url, **wish).json()  # the router adds prefill's
+    assert len(answer["meta_info"]["input_token_logprobs"]) == 60
+
+
+def test_answers_in_a_given_form(pair: LocalCluster) -> None:
+    sampling = GREEDY | {"regex": "[0-9]{3}"}
+    assert post(pair.url, sampling_params=sampling).json()["text"].isdigit()
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    for more in ({"response_format": {"type": "json_object"}}, {"tools": tools, "tool_choice": "required"}):
+        body = {"model": "any", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4} | more
+        assert post(pair.url, "/v1/chat/completions", **body).ok
