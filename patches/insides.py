@@ -1,12 +1,12 @@
 """What hooks read and write of SGLang's insides: resolved options, ranks, requests, batches, budgets, KV slots.
 
-Each is named here and nowhere else in the hooks. When SGLang moves one of them, this file follows, and the hooks stay
-(`sglang-apb doctor --compare` lists the targets that changed).
+Each is named here and nowhere else in the hooks, but what the door reads of a request as its client sent it
+(`door.py`). When SGLang moves one of them, this file follows, and the hooks stay (`sglang-apb doctor --compare` lists
+the targets that changed).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
@@ -41,6 +41,13 @@ def model_config_of(server_args: Any) -> Any:
 def is_pool_size_given(server_args: Any) -> bool:
     """Whether `--mem-fraction-static` was typed; the resolved options have SGLang's default."""
     return server_args.mem_fraction_static is not None
+
+
+def is_disaggregated() -> bool:
+    """Whether this server is half of a prefill/decode pair."""
+    from sglang.srt.runtime_context import get_disagg
+
+    return bool(get_disagg().disaggregation_mode != "null")
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -89,94 +96,7 @@ def as_one_rank() -> AbstractContextManager[Any]:
     )
 
 
-# ---- requests, as clients send them --------------------------------------------------------------
-
-
-def is_disaggregated() -> bool:
-    """Whether this server is half of a prefill/decode pair."""
-    from sglang.srt.runtime_context import get_disagg
-
-    return bool(get_disagg().disaggregation_mode != "null")
-
-
-def is_generation(record: Any) -> bool:
-    from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
-
-    return isinstance(record, TokenizedGenerateReqInput)
-
-
-def num_choices(request: Any) -> Any:
-    """`n` as the client gave it, of any type; of several prompts that of the first, with which SGLang compares."""
-    sampling = request.sampling_params
-    first = sampling[0] if isinstance(sampling, list) and sampling else sampling
-    return first.get("n") if isinstance(first, dict) else None
-
-
-def spread_choices(request: Any) -> None:
-    """Makes prompts of one choice each of a request for `n`, with bootstrap rooms of their own, the same on both
-    servers. SGLang sends all choices of a prompt, and one more request that fills its cache, with the prompt's room.
-    """
-    n = num_choices(request) or 1
-    sampling = request.sampling_params
-    all_sampling = sampling if isinstance(sampling, list) else [sampling]
-    if n == 1 or any(one.get("n") != n for one in all_sampling):
-        return  # SGLang refuses the latter
-    for one in all_sampling:
-        one["n"] = 1
-    prompts = next(given for given in (request.text, request.input_ids, request.input_embeds) if given is not None)
-    is_single = isinstance(prompts, str) or isinstance(prompts[0], int) or _is_numbers(prompts[0])
-    for name in _PROMPT_FIELDS if is_single else vars(request):
-        value = getattr(request, name)
-        if is_single and value is not None:
-            setattr(request, name, [value] * n)
-        elif isinstance(value, list) and len(value) == len(prompts):
-            setattr(request, name, [one for one in value for _ in range(n)])
-    if isinstance(request.rid, list):
-        request.rid = [f"{rid}_{i}" for i, rid in enumerate(request.rid)]
-    if isinstance(request.bootstrap_room, list):
-        request.bootstrap_room = [room + i % n for i, room in enumerate(request.bootstrap_room)]
-
-
-_PROMPT_FIELDS = ("text", "input_ids", "input_embeds", "image_data", "video_data", "audio_data")
-
-
-def _is_numbers(row: Any) -> bool:
-    return isinstance(row, list) and bool(row) and isinstance(row[0], float)
-
-
-def check_types(record: Any) -> None:
-    """Raises ValueError or OverflowError where the scheduler could not read `record`.
-
-    Left out is what SGLang's own processors put there: it may be large.
-    """
-    import msgspec
-    from sglang.srt.managers.embed_types import PositionalEmbeds
-    from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
-
-    if not isinstance(record.positional_embed_overrides, PositionalEmbeds | None):
-        raise ValueError("positional_embed_overrides is not for clients: leave it out")
-    alone = msgspec.structs.replace(record, mm_inputs=None, positional_embed_overrides=None, time_stats=None)
-    try:
-        msgpack_decode(msgpack_encode(alone))
-    except msgspec.ValidationError as error:
-        what, _, path = str(error).partition(" - at ")
-        raise ValueError(f"{_field_at(record, path)}: {what[0].lower()}{what[1:]}") from None
-
-
-def _field_at(record: Any, path: str) -> str:
-    """The name of what is at msgspec's `path`, such as `$[8][25]`: structs travel as arrays, this one behind a tag."""
-    names, inner = [], record
-    for place in map(int, re.findall(r"\[(\d+)\]", path)):
-        fields = getattr(inner, "__struct_fields__", ())
-        index = place - 1 if inner is record else place
-        if not 0 <= index < len(fields):
-            break
-        names.append(fields[index])
-        inner = getattr(inner, names[-1])
-    return ".".join(names)
-
-
-# ---- requests, in the scheduler ------------------------------------------------------------------
+# ---- requests ------------------------------------------------------------------------------------
 
 
 def notes_of(req: Any) -> Notes:

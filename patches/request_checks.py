@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import door, insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import admission, requests
@@ -22,17 +22,17 @@ from sglang_apb.admission import AdmissionError, Limits
 
 def _normalize(original: Callable[[Any], None], self: Any) -> None:
     with _misfits_as_sentences():
-        admission.check_num_choices(insides.num_choices(self))
+        admission.check_num_choices(door.num_choices(self))
         if insides.is_disaggregated():
-            insides.spread_choices(self)
+            door.spread_choices(self)
         original(self)
 
 
 def _check_record(original: Callable[..., Any], self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
     with _misfits_as_sentences():
         record = original(self, obj, *args, **kwargs)
-        if insides.is_generation(record):
-            insides.check_types(record)
+        if door.is_generation(record):
+            door.check_types(record)
             model = self.model_config
             admission.check(record, Limits(model.vocab_size, model.hidden_size, insides.is_disaggregated()))
             page_size = insides.resolved(self.server_args).page_size

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang_apb.patches import insides, request_checks
+from sglang_apb.patches import door, insides, request_checks
 
 from sglang_apb import admission, stop_patterns
 from sglang_apb.admission import AdmissionError, Limits
@@ -163,11 +163,11 @@ def test_types_that_a_scheduler_could_not_read_are_named(
     sampling: dict[str, Any], fields: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        insides.check_types(record(sampling, **fields))
+        door.check_types(record(sampling, **fields))
 
 
 def test_what_python_callers_may_give_is_let_in() -> None:
-    insides.check_types(record(positional_embed_overrides=PositionalEmbeds([torch.zeros(1, 4)], [0])))
+    door.check_types(record(positional_embed_overrides=PositionalEmbeds([torch.zeros(1, 4)], [0])))
 
 
 def normalized(monkeypatch: pytest.MonkeyPatch, is_disaggregated: bool = True, **fields: Any) -> GenerateReqInput:
