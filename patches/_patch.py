@@ -57,7 +57,6 @@ class Patch:
     def is_in_place(self) -> bool:
         """Whether a call of the target comes to the hook: SGLang's wrappers hold theirs, and know what they wrap."""
         function = pkgutil.resolve_name(self.target)
-        function = getattr(function, "__func__", function)
         while function is not None and not _holds(function, self.hook):
             function = getattr(function, "__wrapped__", None)
         return function is not None

@@ -338,7 +338,10 @@ def test_servers_with_different_keys_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", launch._NOT_FOR_SERVERS)
-def test_what_the_servers_are_given_already_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_servers_are_given_already_is_refused(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "serve", lambda cluster, timeout: 0)
     for given in (["--", option, "1"], ["--", f"{option}=1"], ["--decode-args", f"{option} 1"]):
         assert cli.main(["launch", "--model", "m", "--sp-size", "1", *given]) == 1
         assert f"{option} is not for the servers that launch starts: " in capsys.readouterr().err
