@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import requests
+import urllib3
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
 from sglang_apb.transfer import hosts
@@ -36,6 +37,13 @@ WAIT_S = 0.05
 HTTP_TIMEOUT_S = 3.0
 # A server that has not answered for as long is said to be gone.
 GIVE_UP_S = 4.0
+# Who waits asks once a second. What was silent before such a pause may not be any more.
+MAX_PAUSE_S = 2.5
+# A server may have been restarted since with other ports.
+MAX_AGE_S = 10.0
+# Clients name what address they like: those that lead nowhere, which takes seconds to find out, hold up no others.
+_MAX_LOOKUPS = 32
+_MAX_CHARS = 100
 
 
 class ServerAnswer(msgspec.Struct):
@@ -84,35 +92,62 @@ class PrefillDirectory:
 
     def __init__(self, resolve: Resolve, keys: Keys | None = None, *, allow_unencrypted: bool = False):
         self._look_up = Lookup(resolve, keys, allow_unencrypted)
-        self._executor = ThreadPoolExecutor(4, thread_name_prefix="kv-directory")
-        self._asked: dict[str, Future[Entry]] = {}
-        self._silent_since: dict[str, float] = {}
+        self._executor = ThreadPoolExecutor(_MAX_LOOKUPS, thread_name_prefix="kv-directory")
+        self._asked: dict[str, _Asked] = {}
 
     def find(self, bootstrap_addr: str) -> Entry | None:
-        """None while the server has not answered; after GIVE_UP_S an entry that says so."""
+        """None while the server has not answered; after GIVE_UP_S an entry that says so. Raises nothing."""
+        now = time.monotonic()
         asked = self._asked.get(bootstrap_addr)
-        if asked is None:
-            asked = self._asked[bootstrap_addr] = self._executor.submit(self._look_up, bootstrap_addr)
-        try:
-            entry = asked.result(WAIT_S)
-        except TimeoutError:
-            return self._without_answer(bootstrap_addr)
-        except Exception as error:
+        if asked is None or now - asked.last > MAX_PAUSE_S:
+            self._forget_old(now)
+            asked = self._asked[bootstrap_addr] = _Asked(now, asked.lookup if asked else None)
+        asked.last = now
+        entry = self._answer(bootstrap_addr, asked)
+        if entry is None and time.monotonic() - asked.since >= GIVE_UP_S:
+            nothing = PrefillServerInfo(1, 1, 1, 1, page_size=None, kv_cache_dtype=None, follow_bootstrap_room=True)
+            entry = Entry(nothing, refusal=f"The prefill server at {_shown(bootstrap_addr)} does not answer.")
+        if entry is not None:
             del self._asked[bootstrap_addr]
-            unexpected = not isinstance(error, NotThere)
-            logger.warning("KV transfer: %s", error, exc_info=unexpected)
-            return self._without_answer(bootstrap_addr)
-        del self._asked[bootstrap_addr]
-        self._silent_since.pop(bootstrap_addr, None)
         return entry
 
-    def _without_answer(self, bootstrap_addr: str) -> Entry | None:
-        since = self._silent_since.setdefault(bootstrap_addr, time.monotonic())
-        if time.monotonic() - since < GIVE_UP_S:
+    def _answer(self, bootstrap_addr: str, asked: _Asked) -> Entry | None:
+        try:
+            if asked.lookup is None or asked.is_too_old:
+                asked.lookup = self._executor.submit(self._look_up_now, bootstrap_addr)
+            entry, _ = asked.lookup.result(WAIT_S)
+            return entry
+        except TimeoutError:
             return None
-        del self._silent_since[bootstrap_addr]
-        nothing = PrefillServerInfo(1, 1, 1, 1, page_size=None, kv_cache_dtype=None, follow_bootstrap_room=True)
-        return Entry(nothing, refusal=f"The prefill server at {bootstrap_addr} does not answer.")
+        except Exception as error:
+            asked.lookup = None
+            unexpected = not isinstance(error, NotThere)
+            logger.warning("KV transfer: %s", error, exc_info=unexpected)
+            return None
+
+    def _look_up_now(self, bootstrap_addr: str) -> tuple[Entry, float]:
+        return self._look_up(bootstrap_addr), time.monotonic()
+
+    def _forget_old(self, now: float) -> None:
+        """Servers that nobody has asked for any more, since the request was given up."""
+        self._asked = {address: asked for address, asked in self._asked.items() if now - asked.last < MAX_AGE_S}
+
+
+@dataclass
+class _Asked:
+    """What those who wait for a server have asked it: `since` when and when `last`, without a pause."""
+
+    since: float
+    lookup: Future[tuple[Entry, float]] | None = None
+    last: float = 0.0
+
+    @property
+    def is_too_old(self) -> bool:
+        """Whether it was answered so long ago that it may not be true any more."""
+        if self.lookup is None or not self.lookup.done() or self.lookup.exception() is not None:
+            return False
+        _, when = self.lookup.result()
+        return time.monotonic() - when > MAX_AGE_S
 
 
 @dataclass(frozen=True)
@@ -168,14 +203,21 @@ def _rank(bootstrap_addr: str, dp_rank: int, cp_rank: int, tp_rank: int, key: st
 
 
 def _get(bootstrap_addr: str, query: dict[str, str], kind: type[Any]) -> tuple[Any, Any]:
+    where = f"Prefill server {_shown(bootstrap_addr)}"
     try:
         response = requests.get(f"http://{bootstrap_addr}/route", params=query, timeout=HTTP_TIMEOUT_S, stream=True)
         body = response.raw.read(MAX_BYTES + 1, decode_content=True)
-    except (requests.RequestException, OSError) as error:
-        raise NotThere(f"Prefill server {bootstrap_addr} did not answer: {type(error).__name__}") from error
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise NotThere(f"{where} did not answer: {type(error).__name__}") from error
     if response.status_code != 200:
-        raise NotThere(f"Prefill server {bootstrap_addr}: {response.status_code} {body[:500].decode(errors='replace')}")
+        raise NotThere(f"{where}: {response.status_code} {body[:500].decode(errors='replace')}")
     try:
         return decode(body, kind), response.headers
     except ValueError as error:
-        raise NotThere(f"Prefill server {bootstrap_addr} answered what cannot be: {error}") from error
+        raise NotThere(f"{where} answered what cannot be: {error}") from error
+
+
+def _shown(bootstrap_addr: str) -> str:
+    """As a sentence may have it: a client may have named anything."""
+    short = bootstrap_addr if len(bootstrap_addr) <= _MAX_CHARS else f"{bootstrap_addr[:_MAX_CHARS]}..."
+    return short if short.isprintable() else ascii(short)
