@@ -3,6 +3,7 @@
     wire        frames: header, messages, checksum, bounds
     ownership   which pages of a request each prefill rank holds
     pages       the KV pool (and the aux buffers) as rows of bytes that can be gathered and scattered
+    room_number the number by which both servers know a request
     heads       which KV heads are where, with tensor parallel sizes that differ
     compat      what both servers must agree on, and the sentence when they do not
     config, keys, hosts
@@ -40,6 +41,7 @@
     manager, sender, receiver, bootstrap, directory
                 SGLang's interfaces (`disaggregation/base/conn.py`) on top of the above
     reasons     why a request failed on another rank
+    wall        an error in a transfer ends its request, not SGLang's scheduler
 
-Only manager to directory, and communicator, import SGLang.
+Only manager to directory, wall, and communicator import SGLang.
 """

@@ -49,6 +49,13 @@ class EarlyTable(dict[Key, Early]):
         self.pop(key, None)
         self[key] = early
 
+    def waiting(self, key: Key) -> bytes:
+        """The decode rank that has said it will ask, or has asked; empty when there is none any more."""
+        early = self.get(key)
+        if early is None or early.reason or early.frame.kind is Kind.STOP or early.expires < time.monotonic():
+            return b""
+        return early.identity
+
     def is_news(self, early: Early) -> bool:
         """A STOP follows its ASK on one connection: without that ASK here, it is about a request of the past."""
         frame, before = early.frame, self.get(early.frame.key)

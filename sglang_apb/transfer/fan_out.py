@@ -9,6 +9,7 @@ from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import IsFinal, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
+from sglang_apb.transfer.room_number import why_no_room
 from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.wire import Ask
 
@@ -29,10 +30,12 @@ class FanOut:
 
     def _open(self, asker: int) -> SendRoom:
         try:
+            if why := why_no_room(self._room):
+                raise ValueError(why)
             room = self._endpoint.open(self._room, asker)
         except ValueError as error:
-            room = SendRoom(self._room, asker, SendState.FAILED, str(error), Cause.ERROR)
             self._endpoint.observer.failed(self._room, Cause.ERROR, str(error))
+            return SendRoom(self._room, asker, SendState.FAILED, str(error), Cause.ERROR, closed=True)
         weakref.finalize(self, self._endpoint.close, room).atexit = False
         return room
 

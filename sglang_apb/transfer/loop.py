@@ -60,12 +60,16 @@ class SocketLoop:
         if self._authenticator is not None:
             self._authenticator.stop()
         self.context.destroy(linger=0)
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
 
     def call(self, command: Callable[[], None]) -> None:
-        """Runs `command` in the loop's thread, in the order of the calls. Never blocks."""
+        """Runs `command` in the loop's thread, in the order of the calls. Never blocks, and takes no lock that the
+        garbage collector could wait for (SimpleQueue: "put() is reentrant").
+        """
         self._commands.put(command)
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def watch(self, socket: zmq.Socket, handler: Handler) -> None:
         self._poller.register(socket, zmq.POLLIN)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sglang.srt.disaggregation.base.conn import KVArgs
+from sglang.srt.disaggregation.base.conn import KVArgs, KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.server_args import ServerArgs
@@ -25,6 +25,7 @@ from sglang_apb.transfer.pages import in_layers, open_host_memory
 from sglang_apb.transfer.reasons import Reasons
 from sglang_apb.transfer.receiving import ReceivingEndpoint
 from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.wall import fails_alone
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,16 @@ class ZmqKVManager(CommonKVManager):
                 del self.connection_pool[key]
             self.prefill_info_table.pop(bootstrap_addr, None)
             self.refusals.pop(bootstrap_addr, None)
+
+    def check_status(self, bootstrap_room: int) -> Any:
+        """SGLang's; a room that is not known any more has failed. Asked also by the heartbeat's thread, whom a KeyError
+        would end.
+        """
+        return self.request_status.get(bootstrap_room, KVPoll.Failed)
+
+    def submit_prefill_recompute(self, kv_receiver: Any, payload: dict[str, Any]) -> None:
+        with fails_alone(kv_receiver):
+            super().submit_prefill_recompute(kv_receiver, payload)
 
     def _handle_node_failure(self, failed_bootstrap_addr: str) -> None:
         super()._handle_node_failure(failed_bootstrap_addr)

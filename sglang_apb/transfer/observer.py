@@ -55,7 +55,8 @@ class Observer:
             metrics.metric("kv_transfer_seconds").labels(side=self.side).observe(seconds)
 
     def failed(self, room: int, cause: Cause, reason: str) -> None:
-        logger.debug("KV transfer: room %d failed (%s): %s", room, cause.value, reason)
+        """Of `room` also when that is no room's number, as a client may have sent it."""
+        logger.debug("KV transfer: room %s failed (%s): %s", room, cause.value, reason)
         if self.with_metrics:
             metrics.metric("kv_transfer_failures").labels(side=self.side, cause=cause.value).inc()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,26 +17,43 @@ from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
 from sglang_apb.transfer.manager import ZmqKVManager
 from sglang_apb.transfer.observer import Cause, Failure
-from sglang_apb.transfer.receiving import UnknownKeyError
+from sglang_apb.transfer.receiving import Expected, UnknownKeyError
+from sglang_apb.transfer.room_number import RoomKey, digest_of, why_no_room
+from sglang_apb.transfer.wall import walled
 
 _ON_ANOTHER_RANK = Failure("The request failed on another decode rank.")
 
 
+@walled(
+    *("__init__", "init", "set_prompt", "send_metadata", "clear", "abort", "ensure_abort_notified"),
+    poll=KVPoll.Failed,
+)
 class ZmqKVReceiver(CommonKVReceiver):
-    """After Success, `prefill_info` is what the sender's `set_prefill_info` said. Until then it is the
-    prefill server's layout: SGLang keeps that under this name, and reads it before the transfer only.
+    """`bootstrap_room` is this request's key in SGLang's dictionaries.
+
+    After Success, `prefill_info` is what the sender's `set_prefill_info` said. Until then it is the prefill server's
+    layout: SGLang keeps that under this name, and reads it before the transfer only.
     """
 
     kv_mgr: ZmqKVManager
     conclude_state: int | None
 
     def __init__(self, mgr: ZmqKVManager, bootstrap_addr: str, bootstrap_room: int):
-        super().__init__(mgr, bootstrap_addr, bootstrap_room)
+        self.kv_mgr, self.bootstrap_room = mgr, RoomKey.of(bootstrap_room)
         self._room: ReceiveRoom | None = None
+        self._expected: Expected | None = None
         self._shares: Shares | None = None
+        self._prompt = b""
         self._cause = Cause.GIVEN_UP
         self._lost: Failure | None = None
         self._has_ended = False
+        super().__init__(mgr, bootstrap_addr, self.bootstrap_room)
+        if why := why_no_room(bootstrap_room):
+            self._fail(why, Cause.ERROR)
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Says which prompt it is, before `send_metadata`: the prefill server refuses the room of another one."""
+        self._prompt = digest_of(token_ids)
 
     @property
     def num_bytes(self) -> int:
@@ -58,6 +76,8 @@ class ZmqKVReceiver(CommonKVReceiver):
         return self._room.seconds if self._room else 0.0
 
     def init(self, prefill_dp_rank: int) -> None:
+        if self.conclude_state == KVPoll.Failed:
+            return
         if refusal := self.kv_mgr.refusals.get(self.bootstrap_addr):
             self.kv_mgr.forget_prefill(self.bootstrap_addr)  # it may have been restarted when the next request comes
             self._fail(refusal, Cause.MISFIT)
@@ -71,8 +91,14 @@ class ZmqKVReceiver(CommonKVReceiver):
             except ValueError as error:
                 self._fail(str(error), Cause.MISFIT)
                 return
-            asker = self._shares.asker
-            self.kv_mgr.receiving.expect(self.bootstrap_room, self._ranks(), self._lose_ranks, asker)
+            self._expect(self._shares)
+
+    def _expect(self, shares: Shares) -> None:
+        number = int(self.bootstrap_room)
+        try:
+            self._expected = self.kv_mgr.receiving.expect(number, self._ranks(), self._lose_ranks, shares.asker)
+        except ValueError as error:
+            self._fail(str(error), Cause.ERROR)
 
     def send_metadata(
         self,
@@ -89,12 +115,14 @@ class ZmqKVReceiver(CommonKVReceiver):
             return
         try:
             self._room = self.kv_mgr.receiving.open(
-                self.bootstrap_room,
+                int(self.bootstrap_room),
                 self._ranks(),
                 kv_indices.astype(np.int64),
                 aux_index,
                 decode_prefix_len or 0,
                 self._shares,
+                expected=self._expected,
+                prompt=self._prompt,
             )
         except ValueError as error:
             self._fail(str(error), Cause.MISFIT if isinstance(error, UnknownKeyError) else Cause.ERROR)
@@ -105,7 +133,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         status = self._poll_transfer() if self.conclude_state is None else self.conclude_state
         if status == KVPoll.Failed and not self._has_ended:
             if own := self._own_failure():
-                self.kv_mgr.reasons.tell(self.bootstrap_room, own)
+                self.kv_mgr.reasons.tell(int(self.bootstrap_room), own)
             self._end(own or Failure(""))
         if status == KVPoll.Failed and self._room is not None and self._room.is_arriving:
             return KVPoll.WaitingForInput  # SGLang frees the pages when it hears of it
@@ -118,6 +146,8 @@ class ZmqKVReceiver(CommonKVReceiver):
         status = self.kv_mgr.check_status(self.bootstrap_room)
         if status == KVPoll.Failed:
             self._cause = Cause.LOST  # by SGLang's heartbeat; whatever else fails it has an end here
+            gone = f"SGLang has no record of bootstrap room {self.bootstrap_room} any more."
+            self.kv_mgr.failure_records.setdefault(self.bootstrap_room, gone)
         elif self._room is not None:
             status = self._poll_room(self._room)
         if status in (KVPoll.Success, KVPoll.Failed):
@@ -128,18 +158,19 @@ class ZmqKVReceiver(CommonKVReceiver):
         self.conclude_state = KVPoll.Failed
         own = self._own_failure()
         self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        failure = own or self.kv_mgr.reasons.find(self.bootstrap_room) or _ON_ANOTHER_RANK
+        failure = own or self.kv_mgr.reasons.find(int(self.bootstrap_room)) or _ON_ANOTHER_RANK
         self._end(failure)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, failure.reason, is_from_another_rank=not own)
+        raise KVTransferError(int(self.bootstrap_room), failure.reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
-        super().clear()
-        self.kv_mgr.addr_to_rooms_tracker[self.bootstrap_addr].discard(self.bootstrap_room)
         if self._room is not None:
-            self.kv_mgr.receiving.close(self._room)
-        else:
-            self.kv_mgr.receiving.expect_no_more(self.bootstrap_room)
+            self.kv_mgr.receiving.close(self._room)  # whatever becomes of SGLang's part: the pages are freed next
+        elif self._expected is not None:
+            self.kv_mgr.receiving.expect_no_more(self._expected)
+        super().clear()
+        if not self.kv_mgr.addr_to_rooms_tracker.get(self.bootstrap_addr):
+            self.kv_mgr.addr_to_rooms_tracker.pop(self.bootstrap_addr, None)  # clients name what address they like
 
     def abort(self) -> None:
         super().abort()
@@ -170,7 +201,7 @@ class ZmqKVReceiver(CommonKVReceiver):
         if self._room is not None:
             self.kv_mgr.receiving.give_up(self._room, *failure)
         elif not self._has_ended:
-            self.kv_mgr.receiving.observer.failed(self.bootstrap_room, failure.cause, failure.reason)
+            self.kv_mgr.receiving.observer.failed(int(self.bootstrap_room), failure.cause, failure.reason)
         self._has_ended = True
 
     def _own_failure(self) -> Failure | None:
@@ -192,8 +223,15 @@ class ZmqKVReceiver(CommonKVReceiver):
         if self.conclude_state is None:
             self._cause = Cause.TIMEOUT
         reason = self.kv_mgr.failure_records.get(self.bootstrap_room, "The request was aborted.")
-        if self._room is None:
-            asker = self._shares.asker if self._shares else 0
-            self.kv_mgr.receiving.refuse(self.bootstrap_room, self._ranks(), reason, asker=asker)
-        else:
+        if self._room is not None:
             self.kv_mgr.receiving.give_up(self._room, reason, self._cause)
+        elif self._expected is not None:  # else the room, at the prefill ranks, may be another request's
+            asker = self._shares.asker if self._shares else 0
+            self.kv_mgr.receiving.expect_no_more(self._expected)
+            self.kv_mgr.receiving.refuse(int(self.bootstrap_room), self._ranks(), reason, asker=asker)
+
+    def _get_bootstrap_info_from_server(self, *ranks: Any) -> None:
+        """SGLang would ask the server, and have the scheduler wait. The directory has found all there are: a rank that
+        is missing is not there, or the server has been forgotten meanwhile.
+        """
+        self.kv_mgr.forget_prefill(self.bootstrap_addr)

@@ -30,6 +30,7 @@ from sglang_apb.transfer.loop import SocketLoop, buffers, keep_freed_memory, rec
 from sglang_apb.transfer.observer import Cause, Failure, Observer
 from sglang_apb.transfer.pages import HostPages, PageIds, Pages, largest_payload
 from sglang_apb.transfer.prefill_peer import MAX_FRAMES_A_TURN, PrefillPeer
+from sglang_apb.transfer.room_number import in_use
 from sglang_apb.transfer.ways import ZMQ_ONLY, Ways
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, End, Frame, Join, Kind, Stop, WireError
 
@@ -50,9 +51,10 @@ def _addresses(ranks: Sequence[Sequence[Any]]) -> tuple[Address, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Expected:
+class Expected:
     """A request that waits for KV memory, before its transfer is opened."""
 
+    room: int
     ranks: tuple[Address, ...]
     on_lost: Callable[[Failure], None]
 
@@ -79,7 +81,7 @@ class ReceivingEndpoint(SocketLoop):
         self._peers: dict[Address, PrefillPeer] = {}
         self._lock = threading.Lock()
         self._rooms: dict[int, ReceiveRoom] = {}
-        self._expected: dict[int, _Expected] = {}
+        self._expected: dict[int, Expected] = {}
 
     def stop(self) -> None:
         """For tests, which free their pools then: nothing is written there any more."""
@@ -88,19 +90,24 @@ class ReceivingEndpoint(SocketLoop):
 
     def expect(
         self, room: int, ranks: Sequence[Sequence[Any]], on_lost: Callable[[Failure], None], asker: int = 0
-    ) -> None:
+    ) -> Expected:
         """Tells the ranks that they will be asked for a room, and watches them until it is opened.
 
-        When one of them is gone, or gives the room up, `on_lost` is called with why, in this endpoint's thread.
+        When one of them is gone, or gives the room up, `on_lost` is called with why, in this endpoint's thread. Raises
+        ValueError when the room is in use, by a request that is open or expected.
         """
-        ranks = _addresses(ranks)
+        expected, frame = Expected(room, _addresses(ranks), on_lost), wire.pack(Kind.EXPECT, room, 0, asker=asker)
         with self._lock:
-            self._expected[room] = _Expected(ranks, on_lost)
-        self.call(partial(self._send_all, ranks, wire.pack(Kind.EXPECT, room, 0, asker=asker)))
+            if room in self._rooms or room in self._expected:
+                raise ValueError(in_use(room))
+            self._expected[room] = expected
+        self.call(partial(self._send_all, expected.ranks, frame))
+        return expected
 
-    def expect_no_more(self, room: int) -> None:
+    def expect_no_more(self, expected: Expected) -> None:
         with self._lock:
-            self._expected.pop(room, None)
+            if self._expected.get(expected.room) is expected:
+                del self._expected[expected.room]
 
     def open(
         self,
@@ -110,11 +117,15 @@ class ReceivingEndpoint(SocketLoop):
         aux_index: int,
         prefix_tokens: int = 0,
         shares: Shares | None = None,
+        *,
+        expected: Expected | None = None,
+        prompt: bytes = b"",
     ) -> ReceiveRoom:
         """Asks every prefill rank for its part of `pages`; the first-token record goes to row `aux_index`.
 
-        Without `shares` each rank has all of this rank's heads, and no other decode rank asks it for them. Raises
-        ValueError when the room is open already or a page is not in the pool, UnknownKeyError.
+        Without `shares` each rank has all of this rank's heads, and no other decode rank asks it for them. `expected`
+        is what `expect` gave, if that was called; `prompt` the digest of the prompt, if it is known. Raises ValueError
+        when the room is in use or a page is not in the pool, UnknownKeyError.
         """
         ranks = _addresses(ranks)
         if self.keys is not None and (strange := next((a for a in ranks if not self.keys.peers.allows(a.key)), None)):
@@ -126,15 +137,21 @@ class ReceivingEndpoint(SocketLoop):
         assembly = Assembly(sources[0].item_lens if sources else (), len(pages), shares.part_of_rank)
         attempt = secrets.randbits(63) | 1
         opened = ReceiveRoom(room, attempt, ranks, pages, aux_index, assembly, sources, shares.of_ranks, shares.asker)
+        heads = (self._heads.start, self._heads.stop)
+        asks = [
+            Ask(self._compat, len(pages), prefix_tokens, heads, shares.num_askers, share, prompt)
+            for share in shares.page_shares
+        ]
+        frames = [wire.pack_message(ask, room, attempt, shares.asker) for ask in asks]
+        # From here on nothing may fail: what is open has to be closed before its pages are another request's.
         with self._lock:
-            if room in self._rooms:
-                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
+            before = self._expected.get(room)
+            if room in self._rooms or (expected is not None and before not in (None, expected)):
+                raise ValueError(in_use(room))
             self._rooms[room] = opened
             self._expected.pop(room, None)
-        heads = (self._heads.start, self._heads.stop)
-        for address, share in zip(ranks, shares.page_shares, strict=True):
-            ask = Ask(self._compat, len(pages), prefix_tokens, heads, shares.num_askers, share)
-            self.call(partial(self._send, address, wire.pack_message(ask, room, attempt, shares.asker)))
+        for address, frame in zip(ranks, frames, strict=True):
+            self.call(partial(self._send, address, frame))
         return opened
 
     def give_up(self, room: ReceiveRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
@@ -163,7 +180,6 @@ class ReceivingEndpoint(SocketLoop):
     def refuse(self, room: int, ranks: Sequence[Sequence[Any]], reason: str, attempt: int = 0, asker: int = 0) -> None:
         """Tells prefill ranks that a room will not be received (attempt 0: it never was)."""
         frame = wire.pack_message(Stop(reason[:2000]), room, attempt, asker)
-        self.expect_no_more(room)
         self.call(partial(self._send_all, _addresses(ranks), frame))
 
     def _send_all(self, ranks: Sequence[Address], frame: list[Buffer]) -> None:
@@ -239,7 +255,7 @@ class ReceivingEndpoint(SocketLoop):
             return
         with self._lock:
             room, expected = self._rooms.get(frame.room), self._expected.get(frame.room)
-        if expected is not None and frame.kind is Kind.STOP and peer.address in expected.ranks:
+        if frame.kind is Kind.STOP and not frame.attempt and expected is not None and peer.address in expected.ranks:
             self._disappoint(frame.room, Failure(wire.parse_message(frame, Stop).reason, Cause.PEER))
             return
         if room is None or room.attempt != frame.attempt or peer.address not in room.ranks:

@@ -6,12 +6,18 @@ import threading
 
 from sglang_apb.transfer.early import Early, EarlyTable, Key
 from sglang_apb.transfer.observer import Cause
-from sglang_apb.transfer.outbox import SendRoom
+from sglang_apb.transfer.outbox import SendRoom, SendState
+from sglang_apb.transfer.room_number import in_use
 from sglang_apb.transfer.wire import Frame, Kind
+
+_FROM_WAITING = (Kind.EXPECT, Kind.ASK)
 
 
 class SendRooms:
-    """For any thread. What is kept of requests that are not open lasts for `early_seconds`."""
+    """For any thread. What is kept of requests that are not open lasts for `early_seconds`.
+
+    A room that its owner has closed is as good as gone; the loop's thread removes it.
+    """
 
     def __init__(self, early_seconds: float):
         self.early_seconds = early_seconds
@@ -22,31 +28,35 @@ class SendRooms:
 
     def __len__(self) -> int:
         """How many are open."""
-        return len(self._open)
+        return sum(not room.closed for room in list(self._open.values()))
 
     def open(self, room: int, asker: int) -> tuple[SendRoom, Early | None]:
-        """With what was said of it before. Raises ValueError when it is open already."""
+        """With what was said of it before. Raises ValueError when it is open already.
+
+        Of a request that is refused so, the decode rank is told why, if it asks when the first one has ended.
+        """
         key = room, asker
         with self._lock:
-            if key in self._open:
-                raise ValueError(f"Bootstrap room {room} is in use: every request needs its own.")
+            if self._find(key) is not None:
+                self._given_up.keep(self._gone(key, in_use(room)))
+                raise ValueError(in_use(room))
             opened = self._open[key] = SendRoom(room, asker)
             self._given_up.pop(key, None)
             return opened, self._early.pop(key, None)
 
-    def close(self, room: SendRoom) -> bool:
-        """False when it was closed already."""
+    def remove(self, room: SendRoom) -> None:
+        """One that has been closed."""
         with self._lock:
-            if room.closed:
-                return False
-            room.closed = True
             if self._open.get(room.key) is room:
                 del self._open[room.key]
-            return True
 
     def find(self, key: Key) -> SendRoom | None:
         with self._lock:
-            return self._open.get(key)
+            return self._find(key)
+
+    def _find(self, key: Key) -> SendRoom | None:
+        room = self._open.get(key)
+        return None if room is None or room.closed else room
 
     def find_asked(self, identity: bytes, frame: Frame) -> SendRoom | None:
         """That of a frame, if this is who asked for it, and in this attempt."""
@@ -56,7 +66,7 @@ class SendRooms:
     def of(self, identity: bytes) -> list[SendRoom]:
         """Those of a decode rank."""
         with self._lock:
-            return [room for room in self._open.values() if room.identity == identity]
+            return [room for room in self._open.values() if room.identity == identity and not room.closed]
 
     def lose(self, identity: bytes, reason: str) -> list[SendRoom]:
         """Those of a decode rank that is gone. What it was going to ask for fails when it is opened."""
@@ -69,19 +79,26 @@ class SendRooms:
 
     def settle(self, early: Early) -> tuple[SendRoom | None, str]:
         """The room that something is said of, or, if it is not open, why it will not be, empty if it may be: then what
-        was said is kept until it is.
+        was said is kept until it is. Of several decode servers that wait for one room, the first has it.
         """
         key = early.frame.key
         with self._lock:
-            room, given_up = self._open.get(key), self._given_up.get(key)
+            room, given_up = self._find(key), self._given_up.get(key)
+            if room is not None and room.state is SendState.DONE:
+                room = None  # it is of the next request with that number
+            waiting = self._early.waiting(key) if room is None else room.identity
+            if early.frame.kind in _FROM_WAITING and waiting not in (b"", early.identity):
+                return None, in_use(early.frame.room)
             if room is None and given_up is None and self._early.is_news(early):
                 self._early.keep(early)
         return room, early.reason or (given_up.reason if given_up else "")
 
     def give_up(self, room: SendRoom, reason: str) -> None:
         """Who asks for a room that is gone, perhaps over a new connection, is told why."""
-        gone = Frame(Kind.STOP, room.room, 0, asker=room.asker)
-        given_up = Early.of(b"", gone, self.early_seconds, reason)
         with self._lock:
-            if room.key not in self._open:
-                self._given_up.keep(given_up)
+            if self._find(room.key) is None:
+                self._given_up.keep(self._gone(room.key, reason))
+
+    def _gone(self, key: Key, reason: str) -> Early:
+        room, asker = key
+        return Early.of(b"", Frame(Kind.STOP, room, 0, asker=asker), self.early_seconds, reason)

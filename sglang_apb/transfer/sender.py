@@ -20,6 +20,8 @@ from sglang_apb.transfer.observer import Cause, Failure
 from sglang_apb.transfer.outbox import IsFinal, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import PageIdsLater
+from sglang_apb.transfer.room_number import RoomKey, digest_of
+from sglang_apb.transfer.wall import walled
 from sglang_apb.transfer.wire import check_info
 
 _ON_ANOTHER_RANK = Failure("The request failed on another prefill rank.")
@@ -31,7 +33,15 @@ _POLL = {
 }
 
 
+@walled(
+    *("__init__", "init", "set_prompt", "send", "stream_layer", "refuse", "clear", "abort"),
+    poll=KVPoll.Failed,
+    pop_decode_prefix_len=0,
+    get_transfer_metric=KVTransferMetric(),
+)
 class ZmqKVSender(CommonKVSender):
+    """`bootstrap_room` is this request's key in SGLang's dictionaries."""
+
     kv_mgr: ZmqKVManager
     num_kv_indices: int
     curr_idx: int
@@ -45,10 +55,10 @@ class ZmqKVSender(CommonKVSender):
         bootstrap_room: int,
         req_has_disagg_prefill_dp_rank: bool = False,
     ):
-        super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
-        self.init_time = time.time()
+        self.kv_mgr, self.bootstrap_room = mgr, RoomKey.of(bootstrap_room)
         self._owned: tuple[PageRange, ...] | None = None
         self._info: dict[str, int | str] = {}
+        self._prompt = b""
         self._prefix_pages = 0
         self._announced = False
         self._streamed: set[int] = set()
@@ -56,6 +66,8 @@ class ZmqKVSender(CommonKVSender):
         self._cause = Cause.GIVEN_UP
         self._has_told = False
         self._transfers = FanOut(mgr.sending, bootstrap_room)
+        super().__init__(mgr, bootstrap_addr, self.bootstrap_room, req_has_disagg_prefill_dp_rank)
+        self.init_time = time.time()
 
     @property
     def num_bytes(self) -> int:
@@ -77,6 +89,12 @@ class ZmqKVSender(CommonKVSender):
         if self._announced:
             raise RuntimeError("set_owned_pages must be called before the request's first send.")
         self._owned = ownership.check_ranges(ranges, max((end for _, end in ranges), default=0))
+
+    def set_prompt(self, token_ids: Sequence[int]) -> None:
+        """Says which prompt it is, before the first `send`: a decode server that waits with another one, in the same
+        room, does not get its KV.
+        """
+        self._prompt = digest_of(token_ids)
 
     def set_prefill_info(self, info: Mapping[str, int | str]) -> None:
         """Facts about the prefill for the decode server: at most 16 short strings or integers.
@@ -139,7 +157,7 @@ class ZmqKVSender(CommonKVSender):
         status = self._poll_transfer() if self.conclude_state is None else self.conclude_state
         if status == KVPoll.Failed and not self._has_told and (own := self._own_failure()):
             self._has_told = True
-            self.kv_mgr.reasons.tell(self.bootstrap_room, own)
+            self.kv_mgr.reasons.tell(int(self.bootstrap_room), own)
         return status
 
     def _poll_transfer(self) -> int:
@@ -160,18 +178,18 @@ class ZmqKVSender(CommonKVSender):
         self.conclude_state = KVPoll.Failed
         own = self._own_failure()
         self.kv_mgr.failure_records.pop(self.bootstrap_room, None)
-        failure = own or self.kv_mgr.reasons.find(self.bootstrap_room) or _ON_ANOTHER_RANK
+        failure = own or self.kv_mgr.reasons.find(int(self.bootstrap_room)) or _ON_ANOTHER_RANK
         self._transfers.close(*failure)
         self.clear()
-        raise KVTransferError(self.bootstrap_room, failure.reason, is_from_another_rank=not own)
+        raise KVTransferError(int(self.bootstrap_room), failure.reason, is_from_another_rank=not own)
 
     def clear(self) -> None:
+        self._transfers.close("")  # first, whatever becomes of SGLang's part: the pages are freed next
         super().clear()
-        self._transfers.close("")
 
     def abort(self) -> None:
-        super().abort()
         self._transfers.close("The request was aborted on the prefill server.")
+        super().abort()
 
     def get_transfer_metric(self) -> KVTransferMetric:
         return KVTransferMetric(transfer_latency_s=self.seconds, transfer_total_bytes=self.num_bytes)
@@ -206,6 +224,13 @@ class ZmqKVSender(CommonKVSender):
         asked = next((ask.num_pages for ask in asks if ask.num_pages != self.num_kv_indices), None)
         if len({ask.prefix_tokens for ask in asks}) > 1:
             self._fail("The decode server's ranks have different parts of the prompt in their caches.")
+            return False
+        if self._prompt and any(ask.prompt not in (b"", self._prompt) for ask in asks):
+            self._fail(
+                f"Two requests have bootstrap room {self.bootstrap_room}, this one here and another one on the decode "
+                "server: every request needs its own.",
+                Cause.MISFIT,
+            )
             return False
         if asked is None:
             return True

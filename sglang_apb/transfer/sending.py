@@ -15,7 +15,7 @@ from sglang_apb.transfer import blocks, wire
 from sglang_apb.transfer.compat import Compat, find_difference
 from sglang_apb.transfer.decode_peers import DecodePeers
 from sglang_apb.transfer.direct import Memory, MemoryServer
-from sglang_apb.transfer.early import Early
+from sglang_apb.transfer.early import MAX_REASON_CHARS, Early
 from sglang_apb.transfer.exchange import Meeting, PrefillEnds
 from sglang_apb.transfer.gpu_pages import CudaPages
 from sglang_apb.transfer.heads import PagesByHeads, find_no_overlap, overlap
@@ -26,6 +26,7 @@ from sglang_apb.transfer.observer import Cause, Observer
 from sglang_apb.transfer.outbox import Frames, IsFinal, Parcel, SendRoom, SendState, always
 from sglang_apb.transfer.ownership import PageRange
 from sglang_apb.transfer.pages import HostPages, PageIdsLater, Pages, layer_buffers
+from sglang_apb.transfer.room_number import in_use
 from sglang_apb.transfer.rooms import SendRooms
 from sglang_apb.transfer.wire import Announce, Ask, Buffer, Frame, Join, Kind, Stop, WireError
 
@@ -121,8 +122,13 @@ class SendingEndpoint(SocketLoop):
         self._put(room, partial(blocks.tail, room, self._aux, aux_index, dict(info)), room.needs_no_pages)
 
     def close(self, room: SendRoom, reason: str = "", cause: Cause = Cause.GIVEN_UP) -> None:
-        """Forgets a room and tells a decode server that still waits for it `reason`. For any thread."""
-        if self.rooms.close(room):
+        """Forgets a room and tells a decode server that still waits for it `reason`.
+
+        For its owner, and for the garbage collector when there is none any more. That runs in any thread, in the midst
+        of anything, so no lock is taken here: what else is to be done, the loop's thread does.
+        """
+        if not room.closed:
+            room.closed = True
             self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
 
     def work(self) -> int | None:
@@ -316,21 +322,26 @@ class SendingEndpoint(SocketLoop):
         if room is not None:
             self._apply(room, early)
         elif reason and early.frame.kind in (Kind.ASK, Kind.EXPECT):
-            frame = early.frame
-            self._peers.reply(early.identity, wire.pack_message(Stop(reason), frame.room, frame.attempt, frame.asker))
+            self._refuse(early, reason)
+
+    def _refuse(self, early: Early, reason: str) -> None:
+        frame = early.frame
+        stop = Stop(reason[:MAX_REASON_CHARS])
+        self._peers.reply(early.identity, wire.pack_message(stop, frame.room, frame.attempt, frame.asker))
 
     def _apply(self, room: SendRoom, early: Early, was_early: bool = False) -> None:
         if early.frame.kind is Kind.EXPECT:
-            if room.state is SendState.UNASKED:
+            if room.state is SendState.UNASKED and not room.identity:
                 room.identity = early.identity
             return
         if early.frame.kind is Kind.STOP:
-            unasked = room.state is SendState.UNASKED and (was_early or early.frame.attempt == 0)
+            is_theirs = room.identity in (b"", early.identity)
+            unasked = room.state is SendState.UNASKED and is_theirs and (was_early or early.frame.attempt == 0)
             if unasked or (room.identity, room.attempt) == (early.identity, early.frame.attempt):
                 self._fail(room, early.reason or "The decode server gave the request up.", early.cause)
             return
-        if room.state is not SendState.UNASKED or room.closed:
-            logger.warning("KV transfer: dropped a second ask for room %d", room.room)
+        if room.state is not SendState.UNASKED or room.closed or room.identity not in (b"", early.identity):
+            self._refuse(early, room.reason or in_use(room.room))
             return
         room.identity, room.attempt, room.ask = early.identity, early.frame.attempt, early.ask
         if early.reason:
@@ -349,6 +360,7 @@ class SendingEndpoint(SocketLoop):
             self.observer.ended(room.room, room.num_bytes, room.num_hidden_bytes, room.seconds)
 
     def _drop(self, room: SendRoom, reason: str, cause: Cause) -> None:
+        self.rooms.remove(room)
         room.clear()
         if room.state in (SendState.ASKED, SendState.UNASKED):
             self.observer.failed(room.room, cause, reason)

@@ -29,7 +29,7 @@ from msgspec import Meta
 from sglang_apb.transfer.compat import Compat
 
 MAGIC = b"SAPB"
-VERSION = 6
+VERSION = 7
 MAX_PARTS = 3
 MAX_BODY_BYTES = 1 << 20
 MAX_PAGES = 1 << 26
@@ -126,6 +126,7 @@ class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     They hold the model's KV heads [start, end); `num_askers` decode ranks ask this prefill rank, each for its own. Of
     share[1] ranks with the same heads and tokens that this decode rank asks, it is number share[0], and sends a part.
+    `prompt` is the digest of the prompt, where it is known.
     """
 
     compat: Compat
@@ -134,6 +135,7 @@ class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heads: tuple[HeadNumber, HeadNumber]
     num_askers: Annotated[int, Meta(ge=1, le=MAX_ASKERS)] = 1
     share: tuple[HeadNumber, HeadNumber] = (0, 1)
+    prompt: Annotated[bytes, Meta(max_length=16)] = b""
 
     def __post_init__(self) -> None:
         if self.share[0] >= self.share[1]:
