@@ -52,6 +52,15 @@ def _is_numbers(row: Any) -> bool:
     return isinstance(row, list) and bool(row) and isinstance(row[0], float)
 
 
+def check_prompts(request: Any) -> None:
+    """Raises ValueError, IndexError or TypeError for what SGLang would run into when it takes a batch apart."""
+    for one in [request] if request.is_single else [request[number] for number in range(request.batch_size)]:
+        if not isinstance(one.rid, str):
+            raise ValueError(f"rid={one.rid!r:.80} must be a text, or for several prompts a list of texts")
+        if not isinstance(one.input_ids, list | None):
+            raise ValueError(f"input_ids has {one.input_ids!r:.80} where a prompt's list of token ids should be")
+
+
 def check_types(record: Any) -> None:
     """Raises ValueError or OverflowError where the scheduler could not read `record`.
 
@@ -81,3 +90,22 @@ def _field_at(record: Any, path: str) -> str:
         names.append(fields[index])
         inner = getattr(inner, names[-1])
     return ".".join(names)
+
+
+_REFUSED = "\0refused room "
+
+
+def refuse_rooms(tokenizer_manager: Any, request: Any, reason: str) -> None:
+    """Tells this server's schedulers that requests with the rooms of `request` will not come, if none has."""
+    from sglang.srt.managers.io_struct import AbortReq
+
+    rooms = request.bootstrap_room if isinstance(request.bootstrap_room, list) else [request.bootstrap_room]
+    for room in rooms:
+        if isinstance(room, int):
+            tokenizer_manager._dispatch_to_scheduler(AbortReq(rid=f"{_REFUSED}{room}", abort_message=reason))
+
+
+def refused_room(abort: Any) -> tuple[int, str] | None:
+    """The room that such a message is about, and the reason; None for another one."""
+    number = abort.rid.removeprefix(_REFUSED)
+    return (int(number), abort.abort_message or "") if abort.rid != number and number.isdecimal() else None

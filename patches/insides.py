@@ -263,6 +263,22 @@ def sender_of(req: Any) -> Any:
     return sender if hasattr(sender, "set_owned_pages") else None
 
 
+def sending_of(scheduler: Any) -> Any:
+    """Our transfer's endpoint on this prefill rank."""
+    return scheduler.disagg_prefill_bootstrap_queue.kv_manager.sending
+
+
+def receiver_of(decode_req: Any) -> Any:
+    """Our KV receiver of the request; None with SGLang's fake one, which its health checks have."""
+    receiver = decode_req.kv_receiver
+    return receiver if hasattr(receiver, "set_prompt") else None
+
+
+def prompt_ids(req: Any) -> Any:
+    """The prompt's token ids, an array."""
+    return req.origin_input_ids
+
+
 def has_decode_server(req: Any) -> bool:
     """Whether a decode server waits for the request, on a prefill server."""
     return req.bootstrap_room is not None

@@ -1,7 +1,6 @@
 """Target: `DecodeTransferQueue._commit_transfer_to_req`. Reason: the decode server's answer says how the prefill
-server ran the prompt, how many bytes of KV came, and how many of them while the prefill still ran. Sparse KV, which
-depends on the question, stays out of decode's prefix cache (`--disaggregation-decode-enable-radix-cache`).
-Official point tried: what SGLang carries beside KV (its aux buffers) has a fixed layout.
+server ran the prompt, how many bytes of KV came, and how many of them while the prefill still ran. Official point
+tried: what SGLang carries beside KV (its aux buffers) has a fixed layout.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ def _keep_report(self: Any, decode_req: Any) -> None:
         with suppress(KeyError, ValueError):  # a text on the wire, of whatever server
             report["attention_share"] = float(report["attention_share"])
         insides.tell_client(decode_req.req, report)
-        if report.get("method") != "exact":
-            insides.leave_nothing_cached(decode_req.req)
 
 
 PATCHES = (

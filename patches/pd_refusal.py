@@ -1,5 +1,10 @@
-"""Target: `prefill.is_unadmitted_reject`, on prefill servers with our transfer. Reason: SGLang drops a prompt that it
-refuses before it has a sender, and the decode server would wait for its KV in vain.
+"""Targets, on prefill servers with our transfer: `prefill.is_unadmitted_reject`, `TokenizerManager.generate_request`,
+`Scheduler.abort_request`, `PrefillBootstrapQueue.pop_bootstrapped`. Reason: SGLang's router asks both servers at once,
+and waits for both. Of a prompt that prefill refuses, or never hears of, decode would wait for the KV in vain.
+
+    refused in the scheduler    it gets a sender all the same, which tells decode
+    refused at the door         the door tells the schedulers, on the way that aborts take, and they tell decode
+    not heard of                the transfer counts its time while the scheduler takes requests in (`sending.py`)
 
 SGLang's registry puts a hook wherever the function was imported, in decode's module too: a decode server must keep its
 own. Official point tried: none is asked before the prompt is dropped.
@@ -7,9 +12,10 @@ own. Official point tried: none is asked before the prompt is dropped.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import door, insides
 from sglang_apb.patches._patch import Patch
 
 
@@ -17,4 +23,39 @@ def _refuse_later(original: Any, req: Any) -> bool:
     return False if insides.has_decode_server(req) else original(req)
 
 
-PATCHES = (Patch("sglang.srt.disaggregation.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),)
+async def _tell_schedulers(original: Any, self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+    try:
+        async for out in original(self, obj, request):
+            yield out
+    except ValueError as error:  # which SGLang answers with HTTP 400
+        door.refuse_rooms(self, obj, str(error))
+        raise
+
+
+def _tell_decode(original: Any, self: Any, recv_req: Any) -> Any:
+    refused = door.refused_room(recv_req)
+    if refused is None:
+        return original(self, recv_req)
+    insides.sending_of(self).refuse(*refused)
+    return None
+
+
+def _pass(self: Any) -> None:
+    """What has come to this rank until now has a sender."""
+    sending = getattr(self.kv_manager, "sending", None)
+    if sending is not None:
+        sending.pass_scheduler()
+
+
+_QUEUE = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue"
+PATCHES = (
+    Patch("sglang.srt.disaggregation.prefill.is_unadmitted_reject", "around", ("req",), _refuse_later),
+    Patch(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        ("self", "obj", "request"),
+        _tell_schedulers,
+    ),
+    Patch("sglang.srt.managers.scheduler.Scheduler.abort_request", "around", ("self", "recv_req"), _tell_decode),
+    Patch(f"{_QUEUE}.pop_bootstrapped", "before", ("self",), _pass),
+)

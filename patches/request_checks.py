@@ -26,6 +26,7 @@ def _normalize(original: Callable[[Any], None], self: Any) -> None:
         if insides.is_disaggregated():
             door.spread_choices(self)
         original(self)
+        door.check_prompts(self)
 
 
 def _check_record(original: Callable[..., Any], self: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         model_parallel,
         pd_decode,
         pd_prefill,
+        pd_prompt,
         pd_refusal,
         portable_cpu,
         prefill_forward,
@@ -71,7 +72,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
     if our_transfer:
-        wanted += transfer_backend.PATCHES
+        wanted += (*transfer_backend.PATCHES, *pd_prompt.PATCHES)
         if server_args.disaggregation_mode == "prefill":
             wanted += pd_refusal.PATCHES
         keys = transfer_keys.load(options.transfer())

@@ -2,8 +2,9 @@
 
     python tests/fuzz_servers.py MODEL_DIR --requests 20000 [--first-seed K]
 
-MODEL_DIR: SmolLM2's, whose tokenizer a tiny random model gets. A seed makes a hundred requests (`request_shapes.py`);
-after them every entrance is asked what it was asked first, and must answer as then. Ends with status 1 when a server
+MODEL_DIR: SmolLM2's, whose tokenizer a tiny random model gets. A seed makes a hundred requests (`request_shapes.py`),
+of which those for both halves count twice; after them every entrance is asked what it was asked first, and must answer
+as then. Ends with status 1 when a server
 ended, a request hung, an honest answer changed, or KV slots, threads or processes are left; its seed is printed, and
 begins the next run.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import sys
@@ -167,12 +169,16 @@ def fuzzed(smollm2: Path, log_dir: Path, outcome: Outcome) -> Iterator[Fuzz]:
         yield Fuzz(single, pair, outcome)
 
 
-def fuzz(smollm2: Path, log_dir: Path, seeds: range, report: Callable[[str], None], outcome: Outcome) -> None:
+def fuzz(
+    smollm2: Path, log_dir: Path, first_seed: int, num_requests: int, report: Callable[[str], None], outcome: Outcome
+) -> None:
     """Counts in `outcome`. Raises AssertionError, or ServiceError when a server has ended."""
     with fuzzed(smollm2, log_dir, outcome) as servers:
         before: dict[str, int] = {}
-        for number in seeds:
-            report(f"seed {number}: {sum(outcome.answers.values())} requests so far")
+        seeds = itertools.count(first_seed)
+        while outcome.answers.total() < num_requests:
+            number = next(seeds)
+            report(f"seed {number}: {outcome.answers.total()} requests so far")
             servers.run(number)
             before = before or servers.sizes()  # the first requests start threads
         servers.check_nothing_is_left(before)
@@ -186,18 +192,18 @@ def main() -> int:
     parser.add_argument("--log-dir", type=Path, help="keeps the servers' logs")
     args = parser.parse_args()
     started = time.monotonic()
-    seeds = range(args.first_seed, args.first_seed + -(-args.requests // SHAPES_A_SEED))
     outcome, fault = Outcome(), ""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            fuzz(args.model, args.log_dir or Path(folder), seeds, partial(print, flush=True), outcome)
+            log_dir, report = args.log_dir or Path(folder), partial(print, flush=True)
+            fuzz(args.model, log_dir, args.first_seed, args.requests, report, outcome)
         except (AssertionError, ServiceError) as error:
             fault = str(error)
     for error, number in outcome.errors.most_common():
         print(f"{number} times {error}")
     for answer, number in sorted(outcome.answers.items()):
         print(f"{number:6} {answer}")
-    print(f"{sum(outcome.answers.values())} requests in {time.monotonic() - started:.0f} s; seeds {seeds}")
+    print(f"{outcome.answers.total()} requests in {time.monotonic() - started:.0f} s, from seed {args.first_seed} on")
     print(fault or "every server lives, every honest answer was as at first, nothing is left")
     return 1 if fault else 0
 

@@ -205,7 +205,24 @@ def test_a_number_of_choices_that_cannot_be(n: Any, monkeypatch: pytest.MonkeyPa
         normalized(monkeypatch, text="a", sampling_params={"n": n})
 
 
-@pytest.mark.parametrize("fields", [{"input_embeds": []}, {"text": "a", "sampling_params": [5]}, {"input_ids": 5}])
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"text": "a", "rid": ["r"]}, r"rid=\['r'\] must be a text"),
+        ({"input_ids": [[1], 5]}, "input_ids has 5 where a prompt's list"),
+    ],
+)
+def test_prompts_that_sglang_could_not_take_apart(
+    fields: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        normalized(monkeypatch, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"input_embeds": []}, {"text": "a", "sampling_params": [5]}, {"input_ids": 5}, {"text": ["a"], "lora_path": []}],
+)
 def test_what_sglang_cannot_read_is_a_bad_request(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="does not have the form that it should"):
         normalized(monkeypatch, **fields)

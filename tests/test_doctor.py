@@ -58,10 +58,11 @@ def doctor(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tup
 
 
 def row(lines: list[str], path: str) -> str:
-    """What the table says of a target."""
+    """What the table says of a target, which more than one patch may have."""
     name = re.escape(path.removeprefix("sglang.srt."))
-    (found,) = filter(None, (re.fullmatch(rf"  (\w[\w ]*?) +{name}(?: (.*))?", line) for line in lines))
-    return " ".join(filter(None, found.groups()))
+    matches = (re.fullmatch(rf"  (\w[\w ]*?) +{name}(?: (.*))?", line) for line in lines)
+    (found,) = {match.groups() for match in matches if match}
+    return " ".join(filter(None, found))
 
 
 def test_the_installed_sglang_equals_itself_in_every_target(capsys: pytest.CaptureFixture[str]) -> None:

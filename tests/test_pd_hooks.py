@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang_apb.patches import insides, pd_decode, pd_prefill, scheduling
+from sglang_apb.patches import door, insides, pd_decode, pd_prefill, pd_prompt, pd_refusal, scheduling
 
 from sglang_apb.backends.base import KeptTokens, Wish
 from sglang_apb.layout import Span
@@ -37,6 +38,7 @@ def request(sender: Any, **notes: Any) -> Any:
         disagg_kv_sender=sender,
         prefill_notes=Notes(is_decided=True, **notes),
         finished_reason=None,
+        finished=lambda: False,
         to_finish=None,
         customized_info=None,
         skip_radix_cache_insert=False,
@@ -99,21 +101,6 @@ def test_a_report_that_cannot_be_read_is_passed_on(share: str | None, kept: Any)
     assert req.customized_info["prefill"][0].get("attention_share") == kept
 
 
-@pytest.mark.parametrize(("method", "is_kept_out"), [("apb", True), ("exact", False)])
-def test_sparse_kv_stays_out_of_decodes_prefix_cache(method: str, is_kept_out: bool) -> None:
-    """It depends on the question: another one about the same document would decode over it."""
-    receiver = SimpleNamespace(
-        prefill_info={"method": method},
-        kv_mgr=SimpleNamespace(attn_tp_size=1),
-        num_bytes=1,
-        num_hidden_bytes=0,
-        data_plane="zmq",
-    )
-    req = request(None)
-    pd_decode._keep_report(None, SimpleNamespace(kv_receiver=receiver, req=req))
-    assert req.skip_radix_cache_insert == is_kept_out and req.customized_info["prefill"][0]["method"] == method
-
-
 @pytest.mark.parametrize("is_admitted", [True, False])
 def test_tokens_that_other_ranks_keep_are_not_charged(is_admitted: bool) -> None:
     kept = KeptTokens(1000, (Span(0, 450),), 480, Span(900, 1000))
@@ -137,3 +124,51 @@ def test_tokens_that_other_ranks_keep_are_not_charged(is_admitted: bool) -> None
     charged = kept.num_slots if is_admitted else 0
     assert (adder.memory_budget.total_offset, adder.memory_budget.current_offset) == (50 + charged, 20 + charged)
     assert adder.rem_chunk_tokens == 512
+
+
+class Receiver:
+    def __init__(self) -> None:
+        self.prompt: list[int] | None = None
+
+    def set_prompt(self, token_ids: list[int]) -> None:
+        self.prompt = token_ids
+
+
+@pytest.mark.parametrize(("is_rebootstrap", "prompt"), [(False, [5, 6]), (True, None)])
+def test_decode_says_which_prompt_it_waits_for(is_rebootstrap: bool, prompt: list[int] | None) -> None:
+    """A request that is begun anew has what it had said in prefill's prompt."""
+    req, receiver = request(None), Receiver()
+    req.origin_input_ids = [5, 6]
+    decode_req = SimpleNamespace(kv_receiver=receiver, req=req)
+    pd_prompt._tell_receiver(decode_req, None, req, is_rebootstrap)
+    assert receiver.prompt == prompt
+
+
+def test_prefill_says_which_prompt_it_has() -> None:
+    sender = Sender()
+    sender.set_prompt = sender.told.append  # type: ignore[attr-defined]
+    req = request(sender)
+    req.origin_input_ids = [5, 6]
+    pd_prompt._tell_sender(True, None, req, 8)
+    assert sender.told == [[5, 6]]
+    refused = request(sender)
+    refused.to_finish = FINISH_ABORT("The prompt does not fit.")  # SGLang has put another prompt in its place
+    pd_prompt._tell_sender(True, None, refused, 8)
+    pd_prompt._tell_sender(True, None, request(None), 8)  # SGLang's fake sender, of its health checks
+    assert sender.told == [[5, 6]]
+
+
+def test_schedulers_hear_of_rooms_that_the_door_refuses() -> None:
+    sent: list[Any] = []
+    tokenizer_manager = SimpleNamespace(_dispatch_to_scheduler=sent.append)
+    for rooms in (70, [71, 72], None, "x"):
+        door.refuse_rooms(tokenizer_manager, SimpleNamespace(bootstrap_room=rooms), "too long")
+    assert [door.refused_room(message) for message in sent] == [(70, "too long"), (71, "too long"), (72, "too long")]
+    refused: list[Any] = []
+    sending = SimpleNamespace(refuse=lambda *what: refused.append(what))
+    queue = SimpleNamespace(kv_manager=SimpleNamespace(sending=sending))
+    scheduler = SimpleNamespace(disagg_prefill_bootstrap_queue=queue)
+    aborted: list[Any] = []
+    for message in (sent[0], AbortReq(rid="r"), AbortReq(abort_all=True)):
+        pd_refusal._tell_decode(lambda self, abort: aborted.append(abort.rid), scheduler, message)
+    assert (refused, aborted) == ([(70, "too long")], ["r", ""])

@@ -12,7 +12,7 @@ import requests
 from asking import ALL_PASSED, GREEDY, generate
 from conftest import cluster, running, server
 from faulty import sitecustomize as faulty
-from halves import server_of
+from halves import Half, Server, server_of
 
 from sglang_apb.commands.servers import HOST, LocalCluster
 
@@ -35,23 +35,39 @@ def post(url: str, path: str = "/generate", **body: Any) -> requests.Response:
     return requests.post(f"{url}{path}", json=body, timeout=120)
 
 
-@pytest.fixture(scope="module", params=["one server", "prefill and decode"])
-def url(request: Any, tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[str]:
-    """Two ranks, of which one or both fail at prompts of certain lengths."""
+@pytest.fixture(scope="module")
+def faults() -> Iterator[None]:
+    """Of two ranks, one or both fail at prompts of certain lengths."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(faulty.__file__).parent))
-        if request.param == "one server":
-            service: Any = server(
-                tiny(), next(log_dirs), "--prefill-backend", "apb", "--sp-size", "2", *CONFIG, "--enable-metrics"
-            )
-        else:
-            service = cluster(tiny(), next(log_dirs), 2, *CONFIG, arguments=("--enable-metrics",))
-        with running(service) as url:
-            yield url
+        yield
+
+
+@pytest.fixture(scope="module")
+def single(faults: None, tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[str]:
+    with running(server(tiny(), next(log_dirs), "--prefill-backend", "apb", "--sp-size", "2", *CONFIG)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def pair(faults: None, tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[LocalCluster]:
+    contact = ("--kv-transfer-config", '{"contact_seconds": 2}', "--enable-metrics")
+    service = cluster(tiny(), next(log_dirs), 2, *CONFIG, arguments=contact)
+    with running(service):
+        yield service
 
 
 @pytest.mark.parametrize("length", FAULTS)
-def test_a_fault_of_ours_ends_its_request_alone(length: int, url: str) -> None:
+def test_a_fault_of_ours_ends_its_request_on_one_server(length: int, single: str) -> None:
+    check_fault(single, length)
+
+
+@pytest.mark.parametrize("length", FAULTS)
+def test_a_fault_of_ours_ends_its_request_in_a_cluster(length: int, pair: LocalCluster) -> None:
+    check_fault(pair.url, length)
+
+
+def check_fault(url: str, length: int) -> None:
     wanted = generate(url, PROMPT).token_ids
     response = post(url, input_ids=[5] * length)
     assert response.status_code >= 400 and any(text in response.text for text in FAULTS[length]), response.text
@@ -71,22 +87,26 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", BAD_REQUESTS)
-def test_a_bad_request_is_answered_with_a_sentence(what: str, url: str) -> None:
-    """To one server, and to each half: the router passes on what it knows."""
+def test_a_bad_request_is_answered_with_a_sentence(what: str, single: str) -> None:
+    check_refused(single, what)
+    assert len(generate(single, PROMPT).token_ids) == GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize("what", BAD_REQUESTS)
+def test_each_half_answers_a_bad_request_with_a_sentence(what: str, pair: LocalCluster) -> None:
+    for half in halves_of(pair):
+        check_refused(half.url, what)
+    assert len(generate(pair.url, PROMPT).token_ids) == GREEDY["max_new_tokens"]
+
+
+def check_refused(url: str, what: str) -> None:
     fields, sentence = BAD_REQUESTS[what]
-    port = int(url.rpartition(":")[2])
-    is_pair = requests.get(f"{url}/server_info", timeout=30).status_code != requests.codes.ok
-    for half in (port + 1, port + 2) if is_pair else (port,):
-        response = post(f"http://{HOST}:{half}", **fields, bootstrap_room=77)
-        assert response.status_code == requests.codes.bad_request and sentence in response.text, response.text
-    assert len(generate(url, PROMPT).token_ids) == GREEDY["max_new_tokens"]
+    response = post(url, **fields, bootstrap_room=77)
+    assert response.status_code == requests.codes.bad_request and sentence in response.text, response.text
 
 
-@pytest.fixture(scope="module")
-def pair(tiny: Callable[..., Path], log_dirs: Iterator[Path]) -> Iterator[LocalCluster]:
-    service = cluster(tiny(), next(log_dirs), 2, *CONFIG, arguments=("--enable-metrics",))
-    with running(service):
-        yield service
+def halves_of(pair: LocalCluster) -> tuple[Server, Server]:
+    return server_of(pair, 1, "prefill"), server_of(pair, 2, "decode")
 
 
 def test_choices_through_a_cluster(pair: LocalCluster) -> None:
@@ -106,16 +126,16 @@ def test_choices_through_a_cluster(pair: LocalCluster) -> None:
 
 def test_halves_answer_their_health_checks(pair: LocalCluster) -> None:
     """They run a token through the model, with SGLang's own room 0."""
-    for offset, name in ((1, "prefill"), (2, "decode")):
-        response = requests.get(f"{server_of(pair, offset, name).url}/health_generate", timeout=60)
-        assert response.status_code == requests.codes.ok, name
+    for half in halves_of(pair):
+        response = requests.get(f"{half.url}/health_generate", timeout=60)
+        assert response.status_code == requests.codes.ok, half.name
 
 
 @pytest.mark.parametrize("room", [-1, 0, 2**63])
 def test_rooms_that_cannot_be(room: int, pair: LocalCluster) -> None:
-    for offset, name in ((1, "prefill"), (2, "decode")):
-        fields = {"bootstrap_host": HOST, "bootstrap_port": server_of(pair, 1, "prefill").bootstrap_port}
-        response = post(server_of(pair, offset, name).url, bootstrap_room=room, **fields)
+    for half in halves_of(pair):
+        fields = {"bootstrap_host": HOST, "bootstrap_port": half.bootstrap_port}
+        response = post(half.url, bootstrap_room=room, **fields)
         assert response.status_code == requests.codes.bad_request
         assert f"bootstrap_room={room} must be 1 to 2^63 - 1" in response.text
 
@@ -136,3 +156,18 @@ def test_answers_in_a_given_form(pair: LocalCluster) -> None:
     for more in ({"response_format": {"type": "json_object"}}, {"tools": tools, "tool_choice": "required"}):
         body = {"model": "any", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4} | more
         assert post(pair.url, "/v1/chat/completions", **body).ok
+
+
+def test_a_request_that_one_half_alone_has_is_given_up(pair: LocalCluster) -> None:
+    """At once where prefill has refused it, else after `contact_seconds`."""
+    prefill, decode = halves_of(pair)
+    fields = {"bootstrap_host": HOST, "bootstrap_port": prefill.bootstrap_port}
+    refused = Half(decode.url, {"input_ids": PROMPT[:60], "bootstrap_room": 81} | fields)
+    body = {"input_ids": PROMPT[:60], "bootstrap_room": 81, "sampling_params": {"top_p": 7}} | fields
+    assert post(prefill.url, **body).status_code == requests.codes.bad_request
+    refused.join(15)
+    assert "top_p must be in (0, 1], got 7" in refused.text, refused.text
+    alone = Half(decode.url, {"input_ids": PROMPT[:60], "bootstrap_room": 82} | fields)
+    alone.join(60)
+    assert "The prefill server has not got the request within 2 s" in alone.text, alone.text
+    assert decode.used() == 0

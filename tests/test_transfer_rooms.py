@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -400,12 +401,20 @@ def test_an_error_in_asking_for_a_prompt_again_ends_its_request_only(
 
 
 def test_a_prefill_rank_that_the_directory_did_not_find_is_not_asked_for_by_the_scheduler(pair: Pair) -> None:
-    """As a client may name one. The next request looks the server up again."""
-    receiver = ZmqKVReceiver(pair.decode, ADDRESS, 7)
-    receiver.init(5)
-    check_failed(receiver, "Could not fetch bootstrap info for: prefill_dp_rank: 5")
+    """The next request looks the server up again."""
+    pair.decode.connection_pool.clear()
+    check_failed(pair.receiver(), "Could not fetch bootstrap info for: prefill_dp_rank: 0")
     assert ADDRESS not in pair.decode.prefill_info_table
     pair.find_prefill()
+    pair.check_served(pair.sender(), pair.receiver())
+
+
+def test_a_rank_that_never_was_does_not_have_the_server_forgotten(pair: Pair) -> None:
+    """A client may name it; others use the server meanwhile."""
+    receiver = ZmqKVReceiver(pair.decode, ADDRESS, 8)
+    receiver.init(5)
+    check_failed(receiver, "Could not fetch bootstrap info for: prefill_dp_rank: 5")
+    assert ADDRESS in pair.decode.prefill_info_table
     pair.check_served(pair.sender(), pair.receiver())
 
 
@@ -459,6 +468,37 @@ def test_the_room_of_a_request_that_is_closed_is_free_at_once() -> None:
         assert not received(decode) and "gave the request up" in decode.reason
         peers.receiver.close(decode)
         assert sender.rooms.find((7, 0)) is second and second.state is SendState.UNASKED
+
+
+@pytest.mark.parametrize("is_asked_first", [True, False])
+def test_who_waits_for_a_request_that_prefill_refuses_hears_why(is_asked_first: bool) -> None:
+    with cluster() as peers:
+        sender = peers.senders[0]
+        opened, served = sender.open(2), peers.ask(2, EIGHT)
+        assert asked(opened)
+        decode = peers.ask(1, EIGHT) if is_asked_first else None
+        assert decode is None or wait_for(lambda: (1, 0) in sender.rooms._early)
+        for number in (1, 2):
+            sender.refuse(number, "The prompt is too long here.")
+        assert wait_for(lambda: (1, 0) in sender.rooms._given_up)
+        decode = decode or peers.ask(1, EIGHT)
+        assert not received(decode) and decode.reason == "The prompt is too long here."
+        send_owned(sender, opened, EIGHT, [(0, 8)], 0)
+        assert received(served), served.reason
+
+
+def test_a_request_that_never_comes_to_prefill_is_given_up() -> None:
+    """Not while the scheduler computes: it has not looked then."""
+    with cluster() as peers:
+        sender = peers.senders[0]
+        sender._contact_seconds = 0.3
+        decode = peers.ask(1, EIGHT)
+        assert wait_for(lambda: (1, 0) in sender.rooms._early)
+        sender.pass_scheduler()
+        time.sleep(1.0)
+        assert decode.state is ReceiveState.RECEIVING
+        sender.pass_scheduler()
+        assert not received(decode) and "has not got the request within 0.3 s" in decode.reason
 
 
 def forget_later(transfers: FanOut) -> None:

@@ -31,7 +31,8 @@ class TransferConfig:
         "GPU memory on either side for each pair of ranks with nccl, the smaller counts; over NVLink more is faster",
     )
     contact_seconds: float = setting(
-        30.0, "a prefill request fails when no decode server has spoken of it for as long: decode is down or hung"
+        30.0,
+        "a request fails when one of the servers has not heard of it for as long: it is down or hung, or refused it",
     )
 
     def __post_init__(self) -> None:

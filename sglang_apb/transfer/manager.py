@@ -67,7 +67,9 @@ class ZmqKVManager(CommonKVManager):
 
     def register_to_bootstrap(self) -> None:
         """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
-        self.sending = SendingEndpoint(self.local_ip, keys=self._keys, with_metrics=self._with_metrics)
+        self.sending = SendingEndpoint(
+            self.local_ip, keys=self._keys, contact_seconds=self.contact_seconds, with_metrics=self._with_metrics
+        )
         self.rank_port = self.sending.port
         super().register_to_bootstrap()
 

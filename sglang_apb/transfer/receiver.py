@@ -230,8 +230,10 @@ class ZmqKVReceiver(CommonKVReceiver):
             self.kv_mgr.receiving.expect_no_more(self._expected)
             self.kv_mgr.receiving.refuse(int(self.bootstrap_room), self._ranks(), reason, asker=asker)
 
-    def _get_bootstrap_info_from_server(self, *ranks: Any) -> None:
+    def _get_bootstrap_info_from_server(self, prefill_dp_rank: int, *ranks: Any) -> None:
         """SGLang would ask the server, and have the scheduler wait. The directory has found all there are: a rank that
-        is missing is not there, or the server has been forgotten meanwhile.
+        is missing is not there, or the server has been forgotten meanwhile. Clients may name one that never was.
         """
-        self.kv_mgr.forget_prefill(self.bootstrap_addr)
+        info = self.kv_mgr.prefill_info_table.get(self.bootstrap_addr)
+        if info is None or prefill_dp_rank in range(info.dp_size):
+            self.kv_mgr.forget_prefill(self.bootstrap_addr)

@@ -93,6 +93,23 @@ class SendRooms:
                 self._early.keep(early)
         return room, early.reason or (given_up.reason if given_up else "")
 
+    def refuse(self, number: int, reason: str) -> list[Early]:
+        """Of a request that will not come: who waits for it. Who asks later is told why. One that is open stays so."""
+        with self._lock:
+            if any(room == number for room, _ in self._open):
+                return []
+            waiting = [early for key, early in self._early.items() if key[0] == number and self._early.waiting(key)]
+            for key in {(number, 0), *(early.frame.key for early in waiting)}:
+                self._early.pop(key, None)
+                self._given_up.keep(self._gone(key, reason))
+            return waiting
+
+    def overdue(self, seconds: float, until: float) -> list[Early]:
+        """Who has waited for `seconds` for a request that had not come `until` then (of time.monotonic)."""
+        spoken = until - seconds + self.early_seconds  # what was said then expires then
+        with self._lock:
+            return [early for key, early in self._early.items() if early.expires < spoken and self._early.waiting(key)]
+
     def give_up(self, room: SendRoom, reason: str) -> None:
         """Who asks for a room that is gone, perhaps over a new connection, is told why."""
         with self._lock:

@@ -48,9 +48,12 @@ class SendingEndpoint(SocketLoop):
         early_ask_seconds: float = 300.0,
         keys: Keys | None = None,
         *,
+        contact_seconds: float = 30.0,
         with_metrics: bool = False,
     ):
         super().__init__("kv-sending", keys)
+        self._contact_seconds = contact_seconds
+        self._last_pass = 0.0
         self.observer = Observer("prefill", with_metrics)
         self._host = host
         self._memory_server: MemoryServer | None = None
@@ -131,6 +134,19 @@ class SendingEndpoint(SocketLoop):
             room.closed = True
             self.call(partial(self._drop, room, reason or "The prefill server gave the request up.", cause))
 
+    def refuse(self, room: int, reason: str) -> None:
+        """Tells decode servers that wait for a request which this server has refused before it was opened."""
+
+        def tell() -> None:
+            for early in self.rooms.refuse(room, reason):
+                self._refuse(early, reason)
+
+        self.call(tell)
+
+    def pass_scheduler(self) -> None:
+        """What this rank's scheduler has been sent until now is open. While it computes, time does not count."""
+        self._last_pass = time.monotonic()
+
     def work(self) -> int | None:
         if time.monotonic() >= self._next_probe:
             self._next_probe = time.monotonic() + PROBE_MS / 1000
@@ -160,6 +176,13 @@ class SendingEndpoint(SocketLoop):
     def _probe(self) -> None:
         for identity, why in self._peers.find_lost():
             self._lose(identity, f"Lost the connection to the decode server ({why}).")
+        for early in self.rooms.overdue(self._contact_seconds, self._last_pass):
+            reason = (
+                f"The prefill server has not got the request within {self._contact_seconds:g} s: was it asked, "
+                "and did it refuse?"
+            )
+            for each in self.rooms.refuse(early.frame.room, reason):
+                self._refuse(each, reason)
         self.observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
