@@ -39,12 +39,14 @@ from transfer_peers import wait_for
 from sglang_apb.commands.servers import HOST, LocalCluster, LocalService, ServiceError
 
 SHAPES_A_SEED = 100
-NUM_AT_ONCE = 4
+NUM_AT_ONCE = 6
 HANGS_AFTER_S = 120.0
 # A half whose other half was not asked waits for it, so its client leaves.
 ONE_HALF_LEAVES_S = 1.0
 # By then a half has given up what its other half was not asked for.
 LEFT_AFTER_S = 60.0
+# A client that waits for a half whose other half was not asked: not for 30 s each time.
+CONTACT = ("--kv-transfer-config", json.dumps({"contact_seconds": 3}))
 SPARSE = ("--prefill-backend-config", json.dumps({"min_tokens": LONG // 2}))
 HONEST = [[(5 + i * 37) % VOCAB_SIZE for i in range(length)] for length in (40, LONG)]
 _ENTRANCES = ("single", "single", "router", "router", "halves", "halves", "half")
@@ -162,7 +164,7 @@ def _num_threads(process: psutil.Process) -> int:
 def fuzzed(smollm2: Path, log_dir: Path, outcome: Outcome) -> Iterator[Fuzz]:
     model = tiny_models.make("LlamaForCausalLM", smollm2, log_dir / "model")
     single = server(model, log_dir / "single", "--prefill-backend", "apb", *SPARSE)
-    pair = cluster(model, log_dir / "pair", 2, *SPARSE)
+    pair = cluster(model, log_dir / "pair", 2, *SPARSE, arguments=CONTACT)
     with single, pair:
         for service in (single, pair):
             service.wait_ready(timeout=600)
