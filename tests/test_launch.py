@@ -25,6 +25,7 @@ from sglang_apb.commands.servers import (
     ServiceError,
     check_ports,
     place,
+    value_of,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -488,3 +489,11 @@ def test_decode_takes_the_next_gpu_or_shares_the_first(
     placement = place(num_gpus, sp_size)
     assert (placement.decode, placement.in_turn) == (decode, in_turn)
     assert bool(placement.prefill) == in_turn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [([], None), (["--api-key"], None), (["--api-key", "a", "--api-key=b"], "b"), (["-x", "--api-key", "a"], "a")],
+)
+def test_the_value_of_an_option(arguments: list[str], value: str | None) -> None:
+    assert value_of("--api-key", arguments) == value

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -284,7 +285,7 @@ def server_group(
 def value_of(option: str, arguments: Sequence[str]) -> str | None:
     """What the last `option` of a command line is given, as SGLang's parser takes it; None without one."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for argument, following in zip_longest(arguments, arguments[1:]):
         if argument == option:
             value = following
         elif argument.startswith(f"{option}="):
