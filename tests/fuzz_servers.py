@@ -49,6 +49,8 @@ LEFT_AFTER_S = 60.0
 CONTACT = ("--kv-transfer-config", json.dumps({"contact_seconds": 3}))
 SPARSE = ("--prefill-backend-config", json.dumps({"min_tokens": LONG // 2}))
 HONEST = [[(5 + i * 37) % VOCAB_SIZE for i in range(length)] for length in (40, LONG)]
+# Pools of SGLang's and of ours, which start a thread when all others have work, are not full after a seed.
+_SPARE = {"threads of the single server": 16, "threads of the cluster": 40}
 _ENTRANCES = ("single", "single", "router", "router", "halves", "halves", "half")
 
 
@@ -89,7 +91,7 @@ class Fuzz:
             for what, count in (("requests", each.num_requests), ("KV slots", each.used)):
                 assert wait_for(lambda count=count: count() == 0, LEFT_AFTER_S), f"{each.name} keeps {count()} {what}"
         after = self.sizes()
-        more = {name: (size, after[name]) for name, size in before.items() if after[name] > size}
+        more = {name: (size, after[name]) for name, size in before.items() if after[name] > size + _SPARE.get(name, 0)}
         assert not more, f"more threads or processes than before: {more}"
 
     def sizes(self) -> dict[str, int]:
