@@ -99,8 +99,8 @@ def refuse_rooms(tokenizer_manager: Any, request: Any, reason: str) -> None:
     """Tells this server's schedulers that requests with the rooms of `request` will not come, if none has."""
     from sglang.srt.managers.io_struct import AbortReq
 
-    rooms = request.bootstrap_room if isinstance(request.bootstrap_room, list) else [request.bootstrap_room]
-    for room in rooms:
+    rooms = getattr(request, "bootstrap_room", None)  # a request for embeddings has none
+    for room in rooms if isinstance(rooms, list) else [rooms]:
         if isinstance(room, int):
             tokenizer_manager._dispatch_to_scheduler(AbortReq(rid=f"{_REFUSED}{room}", abort_message=reason))
 

@@ -148,6 +148,8 @@ def _check_disaggregated(asked: Any, num_tokens: int) -> None:
             raise AdmissionError(f"bootstrap_host={_SELF_TEST_HOST} is for the server's own checks: give prefill's")
     elif asked.bootstrap_room is not None and asked.bootstrap_room not in _ROOMS:
         raise AdmissionError(f"bootstrap_room={asked.bootstrap_room} must be 1 to 2^63 - 1, and new for every request")
+    if asked.bootstrap_room is not None and not asked.bootstrap_host:
+        raise AdmissionError("bootstrap_host is missing: give the prefill server's, as routers do")
     if asked.bootstrap_port is not None and not 0 < asked.bootstrap_port < 65536:
         raise AdmissionError(f"bootstrap_port={asked.bootstrap_port} must be 1 to 65535, or left out")
     if asked.disagg_prefill_dp_rank is not None and asked.disagg_prefill_dp_rank < 0:

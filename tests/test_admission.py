@@ -104,6 +104,8 @@ def test_what_could_end_a_scheduler_is_refused(sampling: dict[str, Any], fields:
         ({"bootstrap_room": -1}, r"bootstrap_room=-1 must be 1 to 2\^63 - 1"),
         ({"bootstrap_room": 0}, "bootstrap_room=0"),  # SGLang's decode takes it for "nothing has come yet"
         ({"bootstrap_room": 2**63}, "bootstrap_room=9223372036854775808"),
+        ({"bootstrap_room": 7}, "bootstrap_host is missing"),  # SGLang's decode would end on it
+        ({"bootstrap_room": 7, "bootstrap_host": ""}, "bootstrap_host is missing"),
         ({"bootstrap_port": 65536}, "bootstrap_port=65536 must be 1 to 65535"),
         ({"disagg_prefill_dp_rank": -1}, "disagg_prefill_dp_rank=-1"),
         ({"bootstrap_host": "2.2.2.2", "bootstrap_room": 0} | ids(*range(5)), "for the server's own checks"),

@@ -163,6 +163,7 @@ def test_schedulers_hear_of_rooms_that_the_door_refuses() -> None:
     tokenizer_manager = SimpleNamespace(_dispatch_to_scheduler=sent.append)
     for rooms in (70, [71, 72], None, "x"):
         door.refuse_rooms(tokenizer_manager, SimpleNamespace(bootstrap_room=rooms), "too long")
+    door.refuse_rooms(tokenizer_manager, SimpleNamespace(), "no embeddings here")
     assert [door.refused_room(message) for message in sent] == [(70, "too long"), (71, "too long"), (72, "too long")]
     refused: list[Any] = []
     sending = SimpleNamespace(refuse=lambda *what: refused.append(what))

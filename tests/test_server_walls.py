@@ -101,7 +101,7 @@ def test_each_half_answers_a_bad_request_with_a_sentence(what: str, pair: LocalC
 
 def check_refused(url: str, what: str) -> None:
     fields, sentence = BAD_REQUESTS[what]
-    response = post(url, **fields, bootstrap_room=77)
+    response = post(url, **fields, bootstrap_room=77, bootstrap_host=HOST)
     assert response.status_code == requests.codes.bad_request and sentence in response.text, response.text
 
 
@@ -138,6 +138,12 @@ def test_rooms_that_cannot_be(room: int, pair: LocalCluster) -> None:
         response = post(half.url, bootstrap_room=room, **fields)
         assert response.status_code == requests.codes.bad_request
         assert f"bootstrap_room={room} must be 1 to 2^63 - 1" in response.text
+
+
+def test_a_room_without_the_host_of_prefill(pair: LocalCluster) -> None:
+    for half in halves_of(pair):
+        assert "bootstrap_host is missing" in post(half.url, bootstrap_room=78).text
+    assert len(generate(pair.url, PROMPT).token_ids) == GREEDY["max_new_tokens"]
 
 
 def test_prompt_logprobs_that_would_be_lost_are_refused(pair: LocalCluster) -> None:
