@@ -263,9 +263,13 @@ def sender_of(req: Any) -> Any:
     return sender if hasattr(sender, "set_owned_pages") else None
 
 
-def sending_of(scheduler: Any) -> Any:
+def bootstrap_queue_of(scheduler: Any) -> Any:
+    return scheduler.disagg_prefill_bootstrap_queue
+
+
+def sending_of(bootstrap_queue: Any) -> Any:
     """Our transfer's endpoint on this prefill rank."""
-    return scheduler.disagg_prefill_bootstrap_queue.kv_manager.sending
+    return bootstrap_queue.kv_manager.sending
 
 
 def receiver_of(decode_req: Any) -> Any:

@@ -36,15 +36,13 @@ def _tell_decode(original: Any, self: Any, recv_req: Any) -> Any:
     refused = door.refused_room(recv_req)
     if refused is None:
         return original(self, recv_req)
-    insides.sending_of(self).refuse(*refused)
+    insides.sending_of(insides.bootstrap_queue_of(self)).refuse(*refused)
     return None
 
 
 def _pass(self: Any) -> None:
     """What has come to this rank until now has a sender."""
-    sending = getattr(self.kv_manager, "sending", None)
-    if sending is not None:
-        sending.pass_scheduler()
+    insides.sending_of(self).pass_scheduler()
 
 
 _QUEUE = "sglang.srt.disaggregation.prefill.PrefillBootstrapQueue"

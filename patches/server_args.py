@@ -61,10 +61,10 @@ def _check_and_install(server_args: Any, previous: Step) -> None:
     previous(server_args)
     view, options = insides.resolved(server_args), insides.options_of(server_args)
     with _ending_in_one_line():
-        model = insides.model_config_of(server_args)
         if options.is_set:
-            options_module.check_server_args(view, model, options)
-        options_module.check_transferable(view, model)
+            options_module.check_server_args(view, insides.model_config_of(server_args), options)
+        if options_module.uses_transfer(view):
+            options_module.check_transferable(view, insides.model_config_of(server_args))
         options_module.check_transfer(view, options)
         from sglang_apb import plugin
 

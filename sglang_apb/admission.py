@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sglang_apb import stop_patterns
+from sglang_apb.transfer.room_number import ROOMS
 
 # What SGLang's buffers between prefill and decode hold of a first token (disaggregation/utils.py, MetadataBuffers).
 MAX_LOGPROBS_DISAGGREGATED = 128
@@ -23,7 +24,6 @@ _INT32 = 2**31 - 1
 # By which SGLang's health check and warm-up ask one half alone (disaggregation/utils.py, FAKE_BOOTSTRAP_HOST). Nothing
 # is fetched then, and what the pages hold of others' prompts would be decoded over.
 _SELF_TEST_HOST, _SELF_TEST_TOKENS = "2.2.2.2", 4
-_ROOMS = range(1, 2**63)
 # Of SGLang's sampling parameters: in int32 and float32 tensors these neither overflow nor make a probability NaN.
 _SAMPLING_RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 1e4),
@@ -58,7 +58,10 @@ def check_num_choices(n: Any) -> None:
 
 
 def check(asked: Any, limits: Limits) -> None:
-    """`asked`: SGLang's TokenizedGenerateReqInput, of the types that it declares. Raises AdmissionError."""
+    """`asked`: SGLang's TokenizedGenerateReqInput, of the types that it declares. Raises AdmissionError.
+
+    Of an answer, stop patterns get its end only from here on.
+    """
     num_tokens = len(asked.input_ids if asked.input_ids is not None else asked.input_embeds or ())
     if limits.is_disaggregated:
         _check_disaggregated(asked, num_tokens)
@@ -146,7 +149,7 @@ def _check_disaggregated(asked: Any, num_tokens: int) -> None:
     if asked.bootstrap_host == _SELF_TEST_HOST:
         if num_tokens > _SELF_TEST_TOKENS:
             raise AdmissionError(f"bootstrap_host={_SELF_TEST_HOST} is for the server's own checks: give prefill's")
-    elif asked.bootstrap_room is not None and asked.bootstrap_room not in _ROOMS:
+    elif asked.bootstrap_room is not None and asked.bootstrap_room not in ROOMS:
         raise AdmissionError(f"bootstrap_room={asked.bootstrap_room} must be 1 to 2^63 - 1, and new for every request")
     if asked.bootstrap_room is not None and not asked.bootstrap_host:
         raise AdmissionError("bootstrap_host is missing: give the prefill server's, as routers do")

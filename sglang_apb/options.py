@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,10 @@ from sglang_apb.transfer import hosts, keys
 from sglang_apb.transfer.config import BACKEND, TransferConfig
 from sglang_apb.transfer.config import OPTION as TRANSFER_OPTION
 
+_NO_PLUGINS: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
+    "use_ray": ((False,), "--use-ray", "its processes load no plugins"),
+}
 # ServerArgs field -> (value that goes together with a sparse prefill, its option, why others do not)
 _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "enable_mixed_chunk": ((False,), "--enable-mixed-chunk", "it merges decodes into the prefill batch"),
@@ -42,14 +44,12 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "dllm_algorithm": ((None,), "--dllm-algorithm", "diffusion models have no prefill"),
     "enable_hisparse": ((False,), "--enable-hisparse", "it keeps part of the KV off the GPU"),
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
-    "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
-    "use_ray": ((False,), "--use-ray", "its processes load no plugins"),
+    **_NO_PLUGINS,
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
 # The same for our KV transfer, with or without a prefill backend.
 _REFUSED_WITH_TRANSFER: dict[str, tuple[tuple[Any, ...], str, str]] = {
-    "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),
-    "use_ray": ((False,), "--use-ray", "its processes load no plugins"),
+    **_NO_PLUGINS,
     "pp_size": ((1,), "--pp-size", "a rank sends every layer of the pages that it holds"),
     "dcp_size": ((1,), "--dcp-size", "a request's KV goes to whole pages of one rank"),
     "enable_kv_cache_sharding": ((False,), "--enable-kv-cache-sharding", "ranks send whole parts of a prompt"),
@@ -134,7 +134,7 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
 
     Raises OptionError, ConfigError.
     """
-    if not _uses_transfer(server_args):
+    if not uses_transfer(server_args):
         if options.transfer_text is not None:
             raise OptionError(
                 f"{TRANSFER_OPTION} needs --disaggregation-transfer-backend {BACKEND}, and --disaggregation-mode "
@@ -154,13 +154,11 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
 
 
 def check_transferable(server_args: Any, model_config: Any) -> None:
-    """Refuses, after SGLang resolved them, options with which our transfer does not work, and a port for its bootstrap
-    server that is taken.
+    """Refuses, after SGLang resolved them, options with which our transfer does not work, where it is used, and a port
+    for its bootstrap server that is taken.
 
     model_config: SGLang's ModelConfig. Raises OptionError with one sentence.
     """
-    if not _uses_transfer(server_args):
-        return
     _refuse(server_args, _REFUSED_WITH_TRANSFER, _TRANSFER)
     _check_generates(model_config, _TRANSFER)
     if server_args.speculative_algorithm in _DRAFT_POOLS:
@@ -177,7 +175,7 @@ def check_transferable(server_args: Any, model_config: Any) -> None:
         )
 
 
-def _uses_transfer(server_args: Any) -> bool:
+def uses_transfer(server_args: Any) -> bool:
     return server_args.disaggregation_transfer_backend == BACKEND and server_args.disaggregation_mode != "null"
 
 
@@ -187,7 +185,7 @@ def check_front(server_args: Any, options: PluginOptions, *, is_rust: bool) -> N
     Raises OptionError.
     """
     ours = f"--prefill-backend {options.backend}" if options.is_set else _TRANSFER
-    if is_rust and (options.is_set or _uses_transfer(server_args)):
+    if is_rust and (options.is_set or uses_transfer(server_args)):
         raise OptionError(f"SGLANG_RUST_SERVER does not go with {ours}: that server runs no plugins; unset it")
 
 
@@ -244,7 +242,7 @@ def _check_bootstrap_port(server_args: Any) -> None:
         raise OptionError(f"--disaggregation-bootstrap-port {port} is no port: choose one from 1 to 65535")
     if port == server_args.port:
         raise OptionError(f"--disaggregation-bootstrap-port {port} is --port, too: choose another for one of them")
-    if why := why_not_free(server_args.host, port):
+    if why := hosts.why_not_free(server_args.host, port):
         raise OptionError(bootstrap_port_taken(port, why))
 
 
@@ -253,19 +251,6 @@ def bootstrap_port_taken(port: int, why: str) -> str:
         f"port {port} for the bootstrap server is not free ({why}): end what listens there, or give another "
         "--disaggregation-bootstrap-port"
     )
-
-
-def why_not_free(host: str, port: int) -> str:
-    """Why nobody can listen there; "" when one can, or when it is not for another to have the port."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, _, _, _, address in found:
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-    except OSError as error:
-        return str(error.strerror) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
-    return ""
 
 
 def _check_model(server_args: Any, model: Any) -> None:

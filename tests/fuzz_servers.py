@@ -4,9 +4,8 @@
 
 MODEL_DIR: SmolLM2's, whose tokenizer a tiny random model gets. A seed makes a hundred requests (`request_shapes.py`),
 of which those for both halves count twice; after them every entrance is asked what it was asked first, and must answer
-as then. Ends with status 1 when a server
-ended, a request hung, an honest answer changed, or KV slots, threads or processes are left; its seed is printed, and
-begins the next run.
+as then. Ends with status 1 when a server ended, a request hung, an honest answer changed, or requests, KV slots,
+threads or processes are left; the seed is printed, with which the next run may begin.
 """
 
 from __future__ import annotations
@@ -130,6 +129,7 @@ class Fuzz:
             1: {"bootstrap_room": 7},
             2: {"bootstrap_host": "\0"},
             3: {"bootstrap_port": 1},
+            4: {"bootstrap_host": None},
         }
         fields = {"bootstrap_host": HOST, "bootstrap_port": self._prefill.bootstrap_port, "bootstrap_room": room}
         return fields | odd.get(room % 50, {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from functools import partial
 
 import psutil
 from far_cluster import ROUTERS
@@ -12,8 +11,9 @@ from lossy_link import Link, everything, nothing
 from test_server_faults import schedulers
 from transfer_peers import wait_for
 
+from sglang_apb.commands.polling import ask_chat, is_up
 from sglang_apb.commands.processes import ProcessGroup
-from sglang_apb.commands.servers import LocalCluster, completes_chat, is_up
+from sglang_apb.commands.servers import LocalCluster
 
 STOP, KILL, CUT = FAULTS = ("STOP", "KILL", "CUT")
 TARGETS = ("prefill0", "prefill1", "decode", "router")
@@ -65,8 +65,8 @@ class Striker:
         group = self._group(name)
         group.stop()
         group.start()
-        is_back = completes_chat if name == "router" else is_up
-        assert wait_for(partial(is_back, self._urls[name]), RESTART_S), group.log_tail()
+        url = self._urls[name]
+        assert wait_for(lambda: ask_chat(url).is_ok if name == "router" else is_up(url), RESTART_S), group.log_tail()
 
     def _group(self, name: str) -> ProcessGroup:
         return self._cluster.groups[("prefill", "decode", "router").index(name)]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from tiny_models import model_config
 
 from sglang_apb.backends import apb
 from sglang_apb.backends.base import Wish
@@ -17,17 +18,8 @@ from sglang_apb.rank_group import RankGroup
 
 
 def backend(group: Any = None, replicate_kv: bool = False, **config: Any) -> apb.ApbBackend:
-    model = SimpleNamespace(
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        dtype=torch.float32,
-        context_len=8192,
-        hf_text_config=SimpleNamespace(intermediate_size=128),
-    )
     runner = SimpleNamespace(
-        model_config=model,
+        model_config=model_config(64, 4, 2, 16, 128, torch.float32, context_len=8192),
         dtype=torch.float32,
         device="cpu",
         token_to_kv_pool_allocator=SimpleNamespace(page_size=1),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sglang_apb.patches import kv_ownership
+from tiny_models import llama_8b
 
 from sglang_apb import capacity
 from sglang_apb.backends.activations import RowSizes
@@ -16,15 +17,6 @@ from sglang_apb.capacity import Room
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
 from sglang_apb.requests import Notes
-
-LLAMA = SimpleNamespace(
-    hidden_size=4096,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    dtype=torch.bfloat16,
-    hf_text_config=SimpleNamespace(intermediate_size=14336),
-)
 
 
 def kept_by(layout: Layout, rank: int) -> KeptTokens:
@@ -103,7 +95,7 @@ def test_activations_limit_a_prompt_that_slots_would_take() -> None:
 
 def test_a_pool_leaves_what_its_prompt_takes() -> None:
     """Llama-3.1-8B on 63 GiB beside its weights: slots for more than half of 512K tokens on each of two GPUs."""
-    sizes, free = RowSizes.of(LLAMA), 63 << 30
+    sizes, free = RowSizes.of(llama_8b()), 63 << 30
     free -= capacity.FIXED_BYTES + sizes.feed_forward_bytes(24576)
     kv = sizes.kv_bytes_per_token(32)
     assert kv == 131072
@@ -122,7 +114,7 @@ def test_no_more_is_left_than_the_models_longest_prompt_takes() -> None:
 
 def test_a_question_counts_with_its_partial_results() -> None:
     """[num_q_heads, head_dim] and a log-sum-exp a row, in float32: of two attentions, of both, and of all ranks."""
-    sizes = RowSizes.of(LLAMA)
+    sizes = RowSizes.of(llama_8b())
     a_row = 4 * (32 * 128 + 4 * 32)
     assert sizes.partial_bytes_per_question_row(1) == int(1.15 * 2 * a_row)
     assert sizes.partial_bytes_per_question_row(4) == int(1.15 * 7 * a_row)

@@ -353,3 +353,20 @@ def test_hooks_of_every_kind_are_found_in_place(toy: Any) -> None:
             assert not patch.is_in_place()
             _patch.apply([patch])
             assert patch.is_in_place()
+
+
+def test_without_an_option_of_ours_nothing_is_read_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read it takes time, and fails for what SGLang serves without it."""
+    from types import SimpleNamespace
+
+    from sglang_apb.patches import insides, server_args
+
+    from sglang_apb import plugin
+
+    read: list[str] = []
+    view = SimpleNamespace(disaggregation_transfer_backend="mooncake", disaggregation_mode="null")
+    monkeypatch.setattr(insides, "resolved", lambda record: view)
+    monkeypatch.setattr(insides, "model_config_of", lambda record: read.append("model"))
+    monkeypatch.setattr(plugin, "install", lambda record: read.append("patches"))
+    server_args._check_and_install(SimpleNamespace(), lambda record: None)
+    assert read == ["patches"]

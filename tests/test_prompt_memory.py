@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import sglang.srt.distributed.parallel_state
 import sglang.srt.utils
-import torch
 from sglang_apb.patches import prompt_memory
+from tiny_models import llama_8b
 
 from sglang_apb import capacity
 from sglang_apb.options import PluginOptions
@@ -22,16 +22,6 @@ FREE_GIB, CONTEXT = 60, 131072
 
 
 def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1) -> Any:
-    model = SimpleNamespace(
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        dtype=torch.bfloat16,
-        num_hidden_layers=32,
-        context_len=CONTEXT,
-        hf_text_config=SimpleNamespace(intermediate_size=14336),
-    )
     server_args = SimpleNamespace(
         mem_fraction_static=0.8 if is_given else None,
         plugin_options=PluginOptions("apb", sp_size),
@@ -39,7 +29,11 @@ def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1)
         disaggregation_transfer_backend="zmq",
     )
     return SimpleNamespace(
-        device=device, gpu_id=0, server_args=server_args, model_config=model, resolve_max_num_reqs=lambda num_tokens: 16
+        device=device,
+        gpu_id=0,
+        server_args=server_args,
+        model_config=llama_8b(num_hidden_layers=32, context_len=CONTEXT),
+        resolve_max_num_reqs=lambda num_tokens: 16,
     )
 
 

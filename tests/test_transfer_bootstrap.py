@@ -13,10 +13,10 @@ from conftest import next_port
 from sglang.srt.disaggregation.common.conn import PrefillServerInfo
 
 from sglang_apb.commands.servers import is_up
-from sglang_apb.options import why_not_free
 from sglang_apb.transfer import directory
 from sglang_apb.transfer.bootstrap import MAX_ROOMS, ZmqKVBootstrapServer
 from sglang_apb.transfer.directory import PrefillDirectory
+from sglang_apb.transfer.hosts import why_not_free
 
 REGISTRATION: dict[str, Any] = {
     "attn_tp_size": 1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -19,6 +21,26 @@ _SIZES = {
 }
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def model_config(
+    hidden: int, num_heads: int, num_kv_heads: int, head_dim: int, feed_forward: int, dtype: torch.dtype, **more: Any
+) -> Any:
+    """What is read of SGLang's ModelConfig to count a prompt's memory, and `more` of it."""
+    return SimpleNamespace(
+        hidden_size=hidden,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        hf_text_config=SimpleNamespace(intermediate_size=feed_forward),
+        **more,
+    )
+
+
+def llama_8b(**more: Any) -> Any:
+    """That of Llama-3.1-8B."""
+    return model_config(4096, 32, 8, 128, 14336, torch.bfloat16, **more)
 
 
 def make(family: str, tokenizer_dir: Path, output_dir: Path, **sizes: int) -> Path:

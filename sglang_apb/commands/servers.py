@@ -9,7 +9,6 @@ For example:
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from typing import Self
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.polling import ServiceError, ask_chat, is_up
 from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.transfer.hosts import why_not_free
 
 HOST = "127.0.0.1"
 STARTUP_TIMEOUT_S = 1800.0
@@ -239,25 +239,16 @@ def default_sp_size() -> int:
     return 1 if num_gpus() == 1 else 2
 
 
-def completes_chat(url: str) -> bool:
-    """Whether a chat completion of one token succeeds. Raises ServiceError when it is refused for good."""
-    return ask_chat(url).is_ok
-
-
 def check_ports(ports: dict[str, int]) -> None:
     """Raises CommandError for the first port that is taken; `ports` maps what a port is for to its number."""
     for purpose, port in ports.items():
         if not 0 < port < 65536:
             raise CommandError(f"port {port} for the {purpose} does not exist: choose a smaller --port")
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError as error:
-                raise CommandError(
-                    f"port {port} for the {purpose} is not free ({error.strerror}): end what listens "
-                    f"there, or choose another --port (it and the next {len(ports) - 1} are used)"
-                ) from error
+        if why := why_not_free(HOST, port):
+            raise CommandError(
+                f"port {port} for the {purpose} is not free ({why}): end what listens there, or choose another "
+                f"--port (it and the next {len(ports) - 1} are used)"
+            )
 
 
 def _cluster_ports(port: int) -> dict[str, int]:

@@ -17,8 +17,9 @@ from aiohttp import web
 from msgspec import Meta
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
-from sglang_apb.options import bootstrap_port_taken, why_not_free
+from sglang_apb.options import bootstrap_port_taken
 from sglang_apb.transfer.config import BACKEND
+from sglang_apb.transfer.hosts import why_not_free
 from sglang_apb.transfer.wire import VERSION
 
 logger = logging.getLogger(__name__)

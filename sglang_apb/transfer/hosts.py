@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 from typing import NamedTuple
@@ -36,3 +37,16 @@ def listening_host(host: str) -> str:
 
 def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
+
+
+def why_not_free(host: str, port: int) -> str:
+    """Why nobody can listen there; "" when one can, or when it is not for another to have the port."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in found:
+            with socket.socket(family) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        return str(error.strerror) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ""
+    return ""

@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 
 # As `patches/request_checks.py` lets through. In SGLang's first-token record 0 means that nothing is there yet.
-_ROOMS = range(1, 1 << 63)
+ROOMS = range(1, 1 << 63)
 
 
 class RoomKey(int):
@@ -37,7 +37,7 @@ def why_no_room(room: object) -> str:
 
 
 def _is_room(room: object) -> bool:
-    return isinstance(room, int) and not isinstance(room, bool) and int(room) in _ROOMS
+    return isinstance(room, int) and not isinstance(room, bool) and int(room) in ROOMS
 
 
 def in_use(room: int) -> str:

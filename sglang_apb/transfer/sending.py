@@ -136,12 +136,11 @@ class SendingEndpoint(SocketLoop):
 
     def refuse(self, room: int, reason: str) -> None:
         """Tells decode servers that wait for a request which this server has refused before it was opened."""
+        self.call(partial(self._refuse_all, room, reason))
 
-        def tell() -> None:
-            for early in self.rooms.refuse(room, reason):
-                self._refuse(early, reason)
-
-        self.call(tell)
+    def _refuse_all(self, room: int, reason: str) -> None:
+        for early in self.rooms.refuse(room, reason):
+            self._refuse(early, reason)
 
     def pass_scheduler(self) -> None:
         """What this rank's scheduler has been sent until now is open. While it computes, time does not count."""
@@ -181,8 +180,7 @@ class SendingEndpoint(SocketLoop):
                 f"The prefill server has not got the request within {self._contact_seconds:g} s: was it asked, "
                 "and did it refuse?"
             )
-            for each in self.rooms.refuse(early.frame.room, reason):
-                self._refuse(each, reason)
+            self._refuse_all(early.frame.room, reason)
         self.observer.has_peers(len(self._peers))
 
     def _lose(self, identity: bytes, reason: str) -> None:
