@@ -43,11 +43,12 @@ def is_pool_size_given(server_args: Any) -> bool:
     return server_args.mem_fraction_static is not None
 
 
-def is_disaggregated() -> bool:
-    """Whether this server is half of a prefill/decode pair."""
+def pair_half() -> str | None:
+    """ "prefill" or "decode" where this server is half of a pair."""
     from sglang.srt.runtime_context import get_disagg
 
-    return bool(get_disagg().disaggregation_mode != "null")
+    mode = str(get_disagg().disaggregation_mode)
+    return None if mode == "null" else mode
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sglang_apb.admission import AdmissionError, Limits
 def _normalize(original: Callable[[Any], None], self: Any) -> None:
     with _misfits_as_sentences():
         admission.check_num_choices(door.num_choices(self))
-        if insides.is_disaggregated():
+        if insides.pair_half():
             door.spread_choices(self)
         original(self)
         door.check_prompts(self)
@@ -35,14 +35,14 @@ def _check_record(original: Callable[..., Any], self: Any, obj: Any, *args: Any,
         if door.is_generation(record):
             door.check_types(record)
             model = self.model_config
-            admission.check(record, Limits(model.vocab_size, model.hidden_size, insides.is_disaggregated()))
+            admission.check(record, Limits(model.vocab_size, model.hidden_size, insides.pair_half()))
             page_size = insides.resolved(self.server_args).page_size
             requests.check(len(record.input_ids or ()), record.sampling_params.custom_params, page_size)
         return record
 
 
 def _check_completion(result: str | None, self: Any, request: Any) -> str | None:
-    if result is None and insides.is_disaggregated() and request.echo and request.logprobs:
+    if result is None and insides.pair_half() and request.echo and request.logprobs:
         return "echo with logprobs is not available when prefill and decode are two servers: leave one of them out"
     return result
 

@@ -21,8 +21,8 @@ MAX_LOGPROBS_DISAGGREGATED = 128
 # OpenAI's own bound; each choice is a request of its own.
 MAX_CHOICES = 128
 _INT32 = 2**31 - 1
-# By which SGLang's health check and warm-up ask one half alone (disaggregation/utils.py, FAKE_BOOTSTRAP_HOST). Nothing
-# is fetched then, and what the pages hold of others' prompts would be decoded over.
+# By which SGLang's health check and warm-up ask one half alone (disaggregation/utils.py, FAKE_BOOTSTRAP_HOST). Prefill
+# sends nothing then; decode fetches nothing, and would go on from what its pages hold of others' prompts.
 _SELF_TEST_HOST, _SELF_TEST_TOKENS = "2.2.2.2", 4
 # Of SGLang's sampling parameters: in int32 and float32 tensors these neither overflow nor make a probability NaN.
 _SAMPLING_RANGES: dict[str, tuple[float, float]] = {
@@ -44,11 +44,11 @@ class AdmissionError(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the model, and whether the server is half of a prefill/decode pair."""
+    """Of the model, and of which half of a prefill/decode pair ("prefill", "decode") the server is."""
 
     vocab_size: int
     hidden_size: int
-    is_disaggregated: bool
+    half: str | None = None
 
 
 def check_num_choices(n: Any) -> None:
@@ -63,8 +63,8 @@ def check(asked: Any, limits: Limits) -> None:
     Of an answer, stop patterns get its end only from here on.
     """
     num_tokens = len(asked.input_ids if asked.input_ids is not None else asked.input_embeds or ())
-    if limits.is_disaggregated:
-        _check_disaggregated(asked, num_tokens)
+    if limits.half:
+        _check_disaggregated(asked, num_tokens, limits.half)
     if asked.input_ids is not None:
         _check_token_ids("input_ids", asked.input_ids, limits.vocab_size)
     if asked.session_params is None and num_tokens == 0:
@@ -122,9 +122,9 @@ def _check_sampling(sampling: Any, vocab_size: int) -> None:
 
 
 def _check_logprobs(asked: Any, num_tokens: int, limits: Limits) -> None:
-    most = min(limits.vocab_size, MAX_LOGPROBS_DISAGGREGATED) if limits.is_disaggregated else limits.vocab_size
+    most = min(limits.vocab_size, MAX_LOGPROBS_DISAGGREGATED) if limits.half else limits.vocab_size
     if not 0 <= asked.top_logprobs_num <= most:
-        why = " when prefill and decode are two servers" if limits.is_disaggregated else ""
+        why = " when prefill and decode are two servers" if limits.half else ""
         raise AdmissionError(f"top_logprobs_num (logprobs) = {asked.top_logprobs_num} must be 0 to {most}{why}")
     if not -1 <= asked.logprob_start_len <= num_tokens:
         raise AdmissionError(
@@ -132,7 +132,7 @@ def _check_logprobs(asked: Any, num_tokens: int, limits: Limits) -> None:
         )
 
 
-def _check_disaggregated(asked: Any, num_tokens: int) -> None:
+def _check_disaggregated(asked: Any, num_tokens: int, half: str) -> None:
     """What SGLang's prefill and decode servers cannot do together."""
     refused: dict[str, Callable[[], bool]] = {
         "session_params": lambda: asked.session_params is not None,
@@ -147,7 +147,7 @@ def _check_disaggregated(asked: Any, num_tokens: int) -> None:
         if is_asked():
             raise AdmissionError(f"{name} is not available when prefill and decode are two servers: leave it out")
     if asked.bootstrap_host == _SELF_TEST_HOST:
-        if num_tokens > _SELF_TEST_TOKENS:
+        if half == "decode" and num_tokens > _SELF_TEST_TOKENS:
             raise AdmissionError(f"bootstrap_host={_SELF_TEST_HOST} is for the server's own checks: give prefill's")
     elif asked.bootstrap_room is not None and asked.bootstrap_room not in ROOMS:
         raise AdmissionError(f"bootstrap_room={asked.bootstrap_room} must be 1 to 2^63 - 1, and new for every request")

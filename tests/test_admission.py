@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,8 @@ from sglang_apb.patches import door, insides, request_checks
 from sglang_apb import admission, stop_patterns
 from sglang_apb.admission import AdmissionError, Limits
 
-LIMITS = Limits(vocab_size=1000, hidden_size=4, is_disaggregated=False)
-HALF = Limits(vocab_size=1000, hidden_size=4, is_disaggregated=True)
+LIMITS = Limits(vocab_size=1000, hidden_size=4)
+HALF = Limits(vocab_size=1000, hidden_size=4, half="decode")
 PROMPT = [5, 6, 7, 8]
 
 
@@ -120,6 +121,12 @@ def test_sglangs_own_checks_pass() -> None:
     admission.check(record(bootstrap_host="2.2.2.2", bootstrap_room=0), HALF)
 
 
+def test_prefill_alone_may_be_timed() -> None:
+    """As `bench ttft --prefill-only` does."""
+    nobody: dict[str, Any] = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
+    admission.check(record(**nobody, **ids(*range(5))), replace(HALF, half="prefill"))
+
+
 @pytest.mark.parametrize(
     ("pattern", "is_refused"),
     [
@@ -172,8 +179,8 @@ def test_what_python_callers_may_give_is_let_in() -> None:
     door.check_types(record(positional_embed_overrides=PositionalEmbeds([torch.zeros(1, 4)], [0])))
 
 
-def normalized(monkeypatch: pytest.MonkeyPatch, is_disaggregated: bool = True, **fields: Any) -> GenerateReqInput:
-    monkeypatch.setattr(insides, "is_disaggregated", lambda: is_disaggregated)
+def normalized(monkeypatch: pytest.MonkeyPatch, half: str | None = "decode", **fields: Any) -> GenerateReqInput:
+    monkeypatch.setattr(insides, "pair_half", lambda: half)
     request = GenerateReqInput(**fields)
     request_checks._normalize(GenerateReqInput.normalize_batch_and_arguments, request)
     return request
@@ -197,7 +204,7 @@ def test_each_choice_between_two_servers_has_a_room_of_its_own(monkeypatch: pyte
 
 
 def test_one_server_makes_its_choices_as_sglang_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = normalized(monkeypatch, is_disaggregated=False, text="a", sampling_params={"n": 3})
+    request = normalized(monkeypatch, half=None, text="a", sampling_params={"n": 3})
     assert request.parallel_sample_num == 3
 
 

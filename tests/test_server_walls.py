@@ -146,6 +146,14 @@ def test_a_room_without_the_host_of_prefill(pair: LocalCluster) -> None:
     assert len(generate(pair.url, PROMPT).token_ids) == GREEDY["max_new_tokens"]
 
 
+def test_prefill_alone_computes_what_nobody_fetches(pair: LocalCluster) -> None:
+    """`bench ttft --prefill-only` asks so; decode would go on from whatever its pages hold."""
+    nobody = {"input_ids": PROMPT, "bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
+    prefill, decode = (post(half.url, **nobody) for half in halves_of(pair))
+    assert prefill.ok and prefill.json()["meta_info"]["prefill"]["method"] == "apb", prefill.text
+    assert decode.status_code == requests.codes.bad_request and "for the server's own checks" in decode.text
+
+
 def test_prompt_logprobs_that_would_be_lost_are_refused(pair: LocalCluster) -> None:
     body = {"model": "any", "prompt": "one two", "echo": True, "logprobs": 2, "max_tokens": 3}
     assert "echo with logprobs is not available" in post(pair.url, "/v1/completions", **body).text
