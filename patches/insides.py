@@ -44,7 +44,7 @@ def is_pool_size_given(server_args: Any) -> bool:
 
 
 def pair_half() -> str | None:
-    """ "prefill" or "decode" where this server is half of a pair."""
+    """Which half of a pair this server is, "prefill" or "decode"; None where it is none."""
     from sglang.srt.runtime_context import get_disagg
 
     mode = str(get_disagg().disaggregation_mode)
