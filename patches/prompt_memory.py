@@ -46,6 +46,7 @@ def _leave_room(available_bytes: int, configurator: Any, pre_model_load_memory: 
     per_token = per_row // num_ranks if replicate else per_row
     kv = sizes.kv_bytes_per_token(configurator.model_config.num_hidden_layers)
     taken = _fixed_bytes(configurator.model_config) + _table_bytes(configurator, free_bytes // kv)
+    taken += capacity.STARTING_BYTES
     longest = configurator.model_config.context_len
     num_longest = longest if replicate else -(-longest // num_ranks)
     return min(available_bytes, capacity.pool_bytes(free_bytes - taken, kv, per_token, num_longest))

@@ -1,7 +1,7 @@
 """A GPU server that says it is ready has built what a sparse prompt needs: nothing is compiled while one waits.
 
-What FlashInfer, Triton and TVM-FFI (SGLang's own kernels) compile is counted by the files that they leave. Triton
-starts with an empty cache; FlashInfer's takes minutes to fill, and is the one that FLASHINFER_WORKSPACE_BASE names.
+What Triton, FlashInfer and SGLang's own kernels compile is counted by the files that they leave. Triton starts with an
+empty cache; the others' take minutes to fill, and are those of other servers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 import requests
 import torch
 from conftest import next_port
+from sglang.srt.environ import envs
 
 from sglang_apb.commands.bench.models import SHAPES, shape_folder
 from sglang_apb.commands.bench.servers import BenchServer, plan_servers
@@ -31,10 +32,11 @@ COMPILED = ("*.so", "*.cubin")
 
 
 def compiled(triton_cache: Path) -> set[Path]:
+    sglangs = Path(envs.SGLANG_CACHE_DIR.get()).expanduser()
     caches = [
         triton_cache,
-        Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", Path.home())) / ".cache" / "flashinfer",
-        Path(os.environ.get("TVM_FFI_CACHE_DIR", Path.home() / ".cache" / "tvm-ffi")),
+        Path(os.environ.get("FLASHINFER_WORKSPACE_BASE", sglangs)) / ".cache" / "flashinfer",
+        Path(envs.SGLANG_JIT_CACHE_DIR.get() or Path.home() / ".cache" / "sglang" / "jit"),
     ]
     return {path for cache in caches for pattern in COMPILED for path in cache.rglob(pattern)}
 

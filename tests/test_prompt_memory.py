@@ -18,6 +18,7 @@ GIB = 1 << 30
 # Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token; a row's activations 51,814.
 KV_BYTES, ROW_BYTES = 131072, 51814
 FEED_FORWARD_BYTES = 24576 * (3 * 14336 + 4096) * 2
+KEPT_FREE = capacity.FIXED_BYTES + capacity.STARTING_BYTES
 FREE_GIB, CONTEXT = 60, 131072
 
 
@@ -47,7 +48,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_full_pool_leaves_what_its_rows_take() -> None:
     pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
     table = 16 * CONTEXT * 4
-    free = FREE_GIB * GIB - capacity.FIXED_BYTES - FEED_FORWARD_BYTES - table
+    free = FREE_GIB * GIB - KEPT_FREE - FEED_FORWARD_BYTES - table
     assert free // (KV_BYTES + ROW_BYTES) > CONTEXT
     assert pool == free - CONTEXT * ROW_BYTES  # no prompt is longer
 
@@ -56,7 +57,7 @@ def test_a_small_pool_leaves_what_its_rows_take(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: 20)
     pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
     taken = pool // KV_BYTES * (KV_BYTES + ROW_BYTES)
-    free = 20 * GIB - capacity.FIXED_BYTES - FEED_FORWARD_BYTES - 16 * CONTEXT * 4
+    free = 20 * GIB - KEPT_FREE - FEED_FORWARD_BYTES - 16 * CONTEXT * 4
     assert free - (KV_BYTES + ROW_BYTES) < taken <= free
 
 
