@@ -446,6 +446,13 @@ def test_arguments_reach_the_right_server(tmp_path: Path) -> None:
     assert "--port 31990" in router and cluster.url == "http://127.0.0.1:31990"
 
 
+def test_replicas_of_a_decode_server_find_their_ports(tmp_path: Path) -> None:
+    """With one given to all of them, the second could not listen."""
+    cluster = LocalCluster("some-model", port=31990, log_dir=tmp_path, decode_arguments=["--dp-size", "2"])
+    prefill, decode, _ = (group.command for group in cluster.groups)
+    assert "--nccl-port" in prefill and "--nccl-port" not in decode
+
+
 def test_the_command_line_reaches_both_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clusters: list[LocalCluster] = []
     monkeypatch.setattr(launch, "serve", lambda cluster, timeout: clusters.append(cluster) or 0)

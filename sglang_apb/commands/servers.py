@@ -269,7 +269,9 @@ def server_group(
 ) -> ProcessGroup:
     """One `sglang.launch_server`; `ports` has its own and its ranks."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
-    command += ["--port", str(ports[name]), "--nccl-port", str(ports[f"{name}'s ranks"])]
+    command += ["--port", str(ports[name])]
+    if not any(value_of(option, arguments) for option in ("--dp-size", "--data-parallel-size")):  # replicas find theirs
+        command += ["--nccl-port", str(ports[f"{name}'s ranks"])]
     return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)
 
 
