@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import fake_openai
 import pytest
 import tiny_models
 from asking import Answer, generate, prompts
@@ -33,6 +34,13 @@ _ports = itertools.count(32000, 10)
 def next_port() -> int:
     """The first of ten ports that no other service of this test run has."""
     return next(_ports)
+
+
+@pytest.fixture
+def openai_server() -> Iterator[Callable[[fake_openai.Say], str]]:
+    """The URL of a server that answers what a function says."""
+    with fake_openai.servers_that_say() as start:
+        yield start
 
 
 PLAIN_LENGTHS = (300, 1000, 1300, 1700, 2200, 3000)

@@ -6,35 +6,20 @@ import dataclasses
 import hashlib
 import json
 import re
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sglang_apb.patches.server_args as patch_module
+from fake_openai import REPORT
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import cli
-from sglang_apb.commands import CommandError, demo, model, needles
+from sglang_apb.commands import CommandError, demo, model
 from sglang_apb.commands.report import prefill_report
 from sglang_apb.config import ApbConfig
-
-REPORT = {
-    "method": "apb",
-    "num_ranks": 2,
-    "num_blocks": 16,
-    "attention_share": 0.31,
-    "kv_bytes": 1234567,
-    "kv_bytes_hidden": 1200000,
-}
-
-
-def _count_words(text: str) -> int:
-    return len(text.split())
-
 
 # model
 
@@ -127,69 +112,6 @@ def test_the_converted_model_is_a_whole_chat_model(smollm2: Path) -> None:
     assert "4 2 1 3 3 5 7" in " ".join(tokenizer.tokenize(text)), "each digit is a token"
 
 
-# eval needles
-
-
-def test_prompts_are_the_same_for_a_seed_and_fill_their_length() -> None:
-    prompts = needles.build_prompts(1000, 5, seed=3, count_tokens=_count_words)
-    assert prompts == needles.build_prompts(1000, 5, seed=3, count_tokens=_count_words)
-    assert prompts != needles.build_prompts(1000, 5, seed=4, count_tokens=_count_words)
-    assert len({prompt.text for prompt in prompts}) == 5
-    for prompt in prompts:
-        assert 1000 - 20 < _count_words(prompt.text) == prompt.num_tokens <= 1000
-
-
-def test_each_prompt_has_its_needle_once_at_its_depth() -> None:
-    for prompt in needles.build_prompts(1000, 5, seed=0, count_tokens=_count_words):
-        needle = needles.NEEDLE.format(city=prompt.city, number=prompt.number)
-        assert prompt.text.count(needle) == prompt.text.count(prompt.number) == 1
-        assert prompt.text.index(needle) / len(prompt.text) == pytest.approx(prompt.depth, abs=0.08)
-        assert prompt.text.endswith(f"The special magic number for {prompt.city} mentioned in the text is")
-        assert prompt.is_answered(f" {prompt.number}.") and not prompt.is_answered(" 1234567.")
-
-
-def test_a_length_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not fit in 20 tokens"):
-        needles.build_prompts(20, 1, seed=0, count_tokens=_count_words)
-
-
-def test_eval_counts_what_each_server_found(
-    smollm2: Path, tmp_path: Path, openai_server: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def reads(body: dict[str, Any]) -> str:
-        return " " + re.findall(r"magic number for \w+ is (\d+)", body["prompt"])[0]
-
-    def guesses(body: dict[str, Any]) -> str:
-        return " 1234567"
-
-    output = tmp_path / "results" / "needles.json"
-    urls = ["--url", openai_server(reads), "--baseline-url", openai_server(guesses)]
-    options = ["--lengths", "256,512", "--num-prompts", "3", "--output", str(output)]
-    assert cli.main(["eval", "needles", "--model", str(smollm2), *urls, *options]) == 0
-
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["tokens", "exact", "apb"]
-    assert lines[1].split() == ["256", "0", "of", "3", "3", "of", "3"]
-    result = json.loads(output.read_text())
-    assert {(row["server"], row["length"]): row["found"] for row in result["scores"]} == {
-        ("exact", 256): 0,
-        ("exact", 512): 0,
-        ("apb", 256): 3,
-        ("apb", 512): 3,
-    }
-    assert result["machine"]["num_cores"] >= 1 and result["settings"]["seed"] == 0
-    assert len(result["outcomes"]) == 12
-    assert all(outcome["prefill"] == REPORT for outcome in result["outcomes"])
-    assert all(outcome["length"] - 40 < outcome["num_tokens"] <= outcome["length"] for outcome in result["outcomes"])
-
-
-def test_eval_says_which_server_does_not_answer(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    url = "http://127.0.0.1:9"
-    options = ["--lengths", "256", "--num-prompts", "1"]
-    assert cli.main(["eval", "needles", "--model", str(smollm2), "--url", url, *options]) == 1
-    assert f"{url}/v1/completions does not answer" in capsys.readouterr().err
-
-
 # demo
 
 
@@ -248,48 +170,3 @@ def test_a_bad_command_line_is_refused(arguments: list[str], capsys: pytest.Capt
     with pytest.raises(SystemExit) as error:
         cli.main(arguments)
     assert error.value.code == 2 and "usage: sglang-apb" in capsys.readouterr().err
-
-
-@pytest.fixture
-def openai_server() -> Iterator[Callable[..., str]]:
-    """Starts servers that answer completions, streamed or not, with a function's text; gives their URLs."""
-    servers: list[ThreadingHTTPServer] = []
-
-    def start(answer: Callable[[dict[str, Any]], str]) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(200)
-                kind = "text/event-stream" if body.get("stream") else "application/json"
-                self.send_header("Content-Type", kind)
-                self.end_headers()
-                self.wfile.write(_encode(answer(body), stream=bool(body.get("stream"))))
-
-            def log_message(self, *_: Any) -> None:
-                """Silent."""
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def _encode(text: str, *, stream: bool) -> bytes:
-    """An answer as SGLang writes it, with the report where the plugin puts it."""
-    if not stream:
-        return json.dumps({"choices": [{"text": text}], "metadata": {"prefill": REPORT}}).encode()
-    base = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "default"}
-    pieces = [
-        {"delta": {"role": "assistant", "content": ""}},
-        *({"delta": {"content": word}} for word in re.findall(r" \S+", text)),
-    ]
-    chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, **piece}]} for piece in pieces]
-    chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "metadata": {"prefill": REPORT}})
-    usage = {"prompt_tokens": 7000, "completion_tokens": 2, "total_tokens": 7002}
-    chunks.append({"choices": [], "usage": usage})
-    return b"".join(b"data: " + json.dumps(base | chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"

@@ -1,10 +1,24 @@
-"""Prompts with one fact hidden in filler text, made to a length in tokens and the same for the same seed."""
+"""`sglang-apb eval needles`: how often a fact is found that is hidden in filler text; small models can do it, too.
+
+Prompts are made to a length in tokens, and the same for the same seed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.eval import benchmark
+from sglang_apb.commands.eval.questions import Question
+from sglang_apb.commands.eval.templates import tokenizer_of
+
+HELP = "a fact hidden in filler text"
+NAME = "needles"
+_ANSWER_TOKENS = 16
 
 CountTokens = Callable[[str], int]
 
@@ -70,8 +84,34 @@ class NeedlePrompt:
     depth: float
     num_tokens: int
 
-    def is_answered(self, completion: str) -> bool:
-        return self.number in completion
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    benchmark.add_arguments(parser, NAME, lengths=(4096, 7168), num_samples=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+
+
+def run(args: argparse.Namespace) -> int:
+    return benchmark.run(args, NAME, make_questions, rate)
+
+
+def make_questions(args: argparse.Namespace, model: str, folder: Path) -> list[Question]:
+    tokenizer = tokenizer_of(model)
+    try:
+        return [
+            Question("needle", length, index, prompt.text, (prompt.number,), _ANSWER_TOKENS, is_completion=True)
+            for length in args.lengths
+            for index, prompt in enumerate(
+                build_prompts(
+                    length - _ANSWER_TOKENS, args.num_samples, args.seed, lambda text: len(tokenizer(text).input_ids)
+                )
+            )
+        ]
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def rate(question: Question, text: str) -> float:
+    return 100.0 * (question.references[0] in text)
 
 
 def build_prompts(length: int, num_prompts: int, seed: int, count_tokens: CountTokens) -> list[NeedlePrompt]:

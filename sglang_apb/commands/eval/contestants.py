@@ -1,0 +1,158 @@
+"""Who is compared: servers with a name each, that run already or are started here, several at once on several GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sglang_apb import config
+from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench.arguments import count
+from sglang_apb.commands.eval.asking import request
+from sglang_apb.commands.servers import LocalServer, num_gpus
+from sglang_apb.config import ConfigError
+
+# The contestant that the others are compared with.
+EXACT = "exact"
+# APB's defaults, for prompts of any length.
+DEFAULT = ("apb", '{"min_tokens": 0}')
+_PORTS = 2  # of a server: its own, its ranks'
+_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A running server at `url`, or else one to start: with a prefill backend's `config`, or plain SGLang."""
+
+    name: str
+    url: str | None = None
+    config: str | None = None
+
+    def made_with(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What its answers depend on; where servers stand and how many are asked at once is not among it."""
+        if self.url is not None:
+            return {"url": self.url}
+        model = {"model": Path(args.model).name, "server_args": args.server_args}
+        return model if self.config is None else model | {"config": self.config, "sp_size": args.sp_size}
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="model folder or hub name; its tokenizer measures the prompts")
+    parser.add_argument(
+        "--config",
+        type=_named,
+        action="append",
+        metavar="NAME=JSON",
+        help="a server to start, with this --prefill-backend-config; several times for several servers. "
+        f"{'='.join(DEFAULT)} if left out. Plain SGLang, {EXACT!r}, is asked too",
+    )
+    parser.add_argument(
+        "--url",
+        type=_named,
+        action="append",
+        metavar="NAME=URL",
+        help=f"a running server to ask, instead; several times for several servers, {EXACT!r} being the one that the "
+        "others are compared with",
+    )
+    parser.add_argument("--sp-size", type=count, default=1, help="ranks of each APB server started here")
+    parser.add_argument("--port", type=count, default=30100, help="of the first server started here; each takes two")
+    parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for all servers started here")
+
+
+def contestants_of(args: argparse.Namespace) -> list[Contestant]:
+    """Raises CommandError."""
+    if args.url:
+        if args.config or args.server_args:
+            raise CommandError("--url asks servers that run; --config and what follows -- are for servers started here")
+        contestants = [Contestant(name, url=url.rstrip("/")) for name, url in args.url]
+    elif args.model is None:
+        raise CommandError("say which model with --model DIR, or which servers with --url NAME=URL")
+    else:
+        chosen = args.config or [DEFAULT]
+        contestants = [Contestant(EXACT), *(Contestant(name, config=text) for name, text in chosen)]
+    names = [contestant.name for contestant in contestants]
+    for name in names:
+        if names.count(name) > 1:
+            raise CommandError(f"{name!r} is the name of two contestants: give each a name of its own")
+    for contestant in contestants:
+        try:
+            config.parse(contestant.config)
+        except ConfigError as error:
+            raise CommandError(f"--config {contestant.name}: {error}") from error
+    return contestants
+
+
+def running(
+    contestants: Sequence[Contestant], args: argparse.Namespace, log_dir: Path
+) -> Generator[list[tuple[Contestant, str]]]:
+    """Contestants with their URLs, as many as run at once; those that are started here end when the next are asked for.
+
+    Raises CommandError.
+    """
+    if args.url:
+        yield [(contestant, contestant.url or "") for contestant in contestants]
+        return
+    at_once = max(num_gpus() // args.sp_size, 1)
+    for first in range(0, len(contestants), at_once):
+        with ExitStack() as stack:
+            servers = [
+                (contestant, _server(contestant, args, log_dir, place, first + place))
+                for place, contestant in enumerate(contestants[first : first + at_once])
+            ]
+            for contestant, server in servers:
+                print(f"starting the {contestant.name} server, log in {log_dir / contestant.name}", flush=True)
+                stack.enter_context(server)
+            for _, server in servers:
+                server.wait_ready()
+            yield [(contestant, server.url) for contestant, server in servers]
+
+
+def _server(contestant: Contestant, args: argparse.Namespace, log_dir: Path, place: int, number: int) -> LocalServer:
+    """On GPUs of its own, and on ports of its own: those of a server that has just ended may still be closing."""
+    arguments = list(args.server_args)
+    if contestant.config is not None:
+        arguments += ["--prefill-backend", "apb", "--sp-size", str(args.sp_size)]
+        arguments += ["--prefill-backend-config", contestant.config]
+    if num_gpus():
+        arguments += ["--base-gpu-id", str(place * args.sp_size)]
+    port = args.port + _PORTS * number
+    return LocalServer(args.model, port=port, log_dir=log_dir / contestant.name, arguments=arguments)
+
+
+def check_config_length(args: argparse.Namespace, longest: int) -> None:
+    """Before prompts are made, as far as the model's configuration can tell. Raises CommandError."""
+    changing = ("--context-length", "--json-model-override-args")
+    if args.url or any(argument.startswith(changing) for argument in args.server_args):
+        return
+    from transformers import AutoConfig
+
+    limit = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise CommandError(
+            f"--lengths {longest}: the model takes {limit} tokens; give shorter ones, or after -- what makes it take "
+            "more, such as --json-model-override-args for YaRN"
+        )
+
+
+def check_length(url: str, longest: int) -> None:
+    """Raises CommandError when the server's model takes no prompts of `longest` tokens, answers included."""
+    limit = (request("GET", f"{url}/v1/models").get("data") or [{}])[0].get("max_model_len")
+    if limit is not None and longest > limit:
+        raise CommandError(f"a prompt of {longest} tokens, its answer included, is longer than {url} takes: {limit}")
+
+
+def model_of(args: argparse.Namespace, contestants: Sequence[Contestant]) -> str:
+    """Where the tokenizer is."""
+    return args.model or request("GET", f"{contestants[0].url}/model_info")["tokenizer_path"]
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not _NAME.fullmatch(name) or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=VALUE, with a name of letters, digits, '.', '_', '-'")
+    return name, value
