@@ -26,10 +26,13 @@ def num_copied(layout: Layout) -> int:
     return layout.anchor + layout.num_tokens - layout.context_end if layout.recomputed else 0
 
 
-def select(sequence: Sequence, layout: Layout, question_rows: slice) -> dict[int, torch.Tensor]:
-    """Per block the prompt tokens that it hands on, [num_passing, num_kv_heads], by the plain formula.
+def select(
+    sequence: Sequence, layout: Layout, question_rows: slice, selector: str = "query"
+) -> dict[int, torch.Tensor]:
+    """Per block the prompt tokens that it hands on, [num_passing, num_kv_heads], by the plain formulas.
 
-    Spava: score = mean over question tokens and grouped heads of q . k, max over 5 neighbours in the block.
+    query (Spava): mean over question tokens and grouped heads of q . k, max over 5 neighbours in the block.
+    key_diff: minus the cosine of the key to the mean of the candidates' unit keys.
     """
     copied = num_copied(layout)
     num_kv_heads = sequence.k.shape[1]
@@ -42,6 +45,11 @@ def select(sequence: Sequence, layout: Layout, question_rows: slice) -> dict[int
             group = sequence.q.shape[1] // num_kv_heads
             queries = sequence.q[question_rows, head * group : (head + 1) * group].double()
             keys = sequence.k[copied + start : copied + span.end, head].double()
+            if selector == "key_diff":
+                units = keys / keys.norm(dim=-1, keepdim=True)
+                mean = units.mean(dim=0)
+                scores[:, head] = -(units @ mean) / mean.norm()
+                continue
             raw = torch.einsum("qgd,nd->qgn", queries, keys).mean(dim=(0, 1))
             for token in range(num_candidates):
                 scores[token, head] = raw[max(token - 2, 0) : token + 3].max()

@@ -69,7 +69,7 @@ def test_a_host_that_waits_between_layers_is_seen(name: str) -> None:
         ("void flashinfer::norm::FusedAddRMSNormKernel<8u>", "norms, RoPE, gate"),
         ("void (anonymous namespace)::store_kvcache<2048l>", "KV cache"),
         ("_merge_kernel", "merge"),
-        ("_scores_kernel", "scores, selection, packing"),
+        ("_query_kernel", "scores, selection, packing"),
         ("void cublasLt::splitKreduce_kernel<32, 16>", "matrix products"),
         ("ncclDevKernel_Broadcast_RING_LL", "communication"),
         ("create_flashinfer_kv_indices_triton", "other"),

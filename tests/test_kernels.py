@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sglang_apb.kernels import merge, pack, scores, select
+from sglang_apb.kernels import key_diff, merge, pack, query, select
 from sglang_apb.kernels.candidates import Candidates
 
 from sglang_apb.layout import Span
@@ -37,7 +37,7 @@ BLOCKS = {
     "one candidate": [(5, 6)],
     "shorter than the pool": [(0, 2), (2, 5)],
     "an empty one between": [(3, 70), (70, 70), (70, 101)],
-    "over several tiles": [(1, scores.TILE - 4), (scores.TILE - 4, 2 * scores.TILE + 20)],
+    "over several tiles": [(1, query.TILE - 4), (query.TILE - 4, 2 * query.TILE + 20)],
 }
 NUM_ROWS = 300
 
@@ -71,13 +71,13 @@ def random_question(num_kv_heads: int, head_dim: int) -> torch.Tensor:
     return torch.randn(num_kv_heads, head_dim, generator=torch.Generator().manual_seed(1))
 
 
-class TestScores:
+class TestQuery:
     def test_reference_is_the_plain_formula(self) -> None:
         """mean over question tokens and grouped heads of q . k, max over 5 neighbours in the block"""
         keys, _ = strided_rows(3, 64, torch.float32)
         question = torch.randn(11, 6, 64, generator=torch.Generator().manual_seed(2))
         raw = torch.einsum("qhgd,nhd->nh", question.view(11, 3, 2, 64).double(), keys.double()) / (11 * 2)
-        found = scores.scores_reference(keys, scores.mean_question(question, 3), candidates_of([(3, 9), (9, 30)], 1))
+        found = query.query_reference(keys, query.mean_question(question, 3), candidates_of([(3, 9), (9, 30)], 1))
         for block, (start, end) in enumerate([(3, 9), (9, 30)]):
             for token in range(start, end):
                 wanted = raw[max(token - 2, start) : min(token + 3, end)].amax(dim=0).float()
@@ -93,16 +93,16 @@ class TestScores:
     ) -> None:
         keys, _ = strided_rows(num_kv_heads, head_dim, dtype)
         question = random_question(num_kv_heads, head_dim)
-        wanted = scores.scores_reference(keys, question, candidates_of(blocks, 1))
-        found = scores.scores_triton(to(device, keys), question.to(device), candidates_of(blocks, 1, device))
+        wanted = query.query_reference(keys, question, candidates_of(blocks, 1))
+        found = query.query_triton(to(device, keys), question.to(device), candidates_of(blocks, 1, device))
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=TOLERANCE)
 
     @on_device
     def test_pooling_across_a_border_is_noticed(self, device: str) -> None:
         keys, _ = strided_rows(3, 64, torch.float32)
         question = random_question(3, 64)
-        wanted = scores.scores_reference(keys, question, candidates_of([(0, 50), (50, 100)], 1))
-        found = scores.scores_triton(to(device, keys), question.to(device), candidates_of([(0, 100)], 1, device)).cpu()
+        wanted = query.query_reference(keys, question, candidates_of([(0, 50), (50, 100)], 1))
+        found = query.query_triton(to(device, keys), question.to(device), candidates_of([(0, 100)], 1, device)).cpu()
         distance = (found.view(3, 2, 50).transpose(0, 1) - wanted).abs().amax(dim=(0, 1))
         assert distance[[0, 1, 48, 49]].max() > 100 * TOLERANCE
         assert distance[2:48].max() < TOLERANCE
@@ -111,7 +111,56 @@ class TestScores:
     def test_strides_that_cannot_be_read_are_refused(self, device: str) -> None:
         keys = torch.zeros(8, 64, 2, device=device).transpose(1, 2)
         with pytest.raises(ValueError, match="contiguous last dimension"):
-            scores.scores_triton(keys, torch.zeros(2, 64, device=device), candidates_of([(0, 8)], 1, device))
+            query.query_triton(keys, torch.zeros(2, 64, device=device), candidates_of([(0, 8)], 1, device))
+
+
+class TestKeyDiff:
+    def test_reference_is_the_plain_formula(self) -> None:
+        """-cos(key, mean of the block's unit keys)"""
+        keys, _ = strided_rows(3, 64, torch.float32)
+        found = key_diff.key_diff_reference(keys, candidates_of([(3, 9), (9, 30)], 1))
+        for block, (start, end) in enumerate([(3, 9), (9, 30)]):
+            for head in range(3):
+                units = [key / key.norm() for key in keys[start:end, head].double()]
+                mean = sum(units) / len(units)
+                wanted = torch.stack([-(unit @ mean) / mean.norm() for unit in units]).float()
+                torch.testing.assert_close(found[block, head, : end - start], wanted, rtol=0, atol=TOLERANCE)
+        assert torch.all(found[0, :, 6:] == -torch.inf)
+
+    def test_a_key_unlike_the_others_is_best_whatever_its_length(self) -> None:
+        keys = torch.ones(9, 1, 4)
+        keys[4] = torch.tensor([1.0, -1.0, 1.0, -1.0]) / 100
+        assert key_diff.key_diff_reference(keys, candidates_of([(0, 9)], 1))[0, 0].argmax() == 4
+
+    @on_device
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("num_kv_heads", "head_dim"), SHAPES)
+    @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+    def test_kernel(
+        self, device: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, blocks: list[tuple[int, int]]
+    ) -> None:
+        keys, _ = strided_rows(num_kv_heads, head_dim, dtype)
+        wanted = key_diff.key_diff_reference(keys, candidates_of(blocks, 1))
+        found = key_diff.key_diff_triton(to(device, keys), candidates_of(blocks, 1, device))
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=TOLERANCE)
+
+    @on_device
+    def test_the_mean_is_the_blocks_own(self, device: str) -> None:
+        keys, _ = strided_rows(3, 64, torch.float32)
+        wanted = key_diff.key_diff_reference(keys, candidates_of([(0, 50), (50, 100)], 1))
+        found = key_diff.key_diff_triton(to(device, keys), candidates_of([(0, 100)], 1, device)).cpu()
+        assert (found.view(3, 2, 50).transpose(0, 1) - wanted).abs().max() > 100 * TOLERANCE
+
+    @on_device
+    def test_keys_without_a_direction(self, device: str) -> None:
+        found = key_diff.key_diff_triton(torch.zeros(8, 1, 64, device=device), candidates_of([(0, 8)], 1, device))
+        assert torch.all(found == 0)
+
+    @on_device
+    def test_strides_that_cannot_be_read_are_refused(self, device: str) -> None:
+        keys = torch.zeros(8, 64, 2, device=device).transpose(1, 2)
+        with pytest.raises(ValueError, match="contiguous last dimension"):
+            key_diff.key_diff_triton(keys, candidates_of([(0, 8)], 1, device))
 
 
 def to(device: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -315,8 +364,10 @@ def test_offsets_beyond_31_bits(device: str) -> None:
     keys = far.as_strided((3, 1, 64), (2**30, 64, 1))
     keys.copy_(near)
     question, candidates = random_question(1, 64), candidates_of([(0, 3)], 1)
-    found = scores.scores_triton(keys, question.to(device), candidates_of([(0, 3)], 1, device)).cpu()
-    torch.testing.assert_close(found, scores.scores_reference(near, question, candidates), rtol=1e-5, atol=TOLERANCE)
+    found = query.query_triton(keys, question.to(device), candidates_of([(0, 3)], 1, device)).cpu()
+    torch.testing.assert_close(found, query.query_reference(near, question, candidates), rtol=1e-5, atol=TOLERANCE)
+    found = key_diff.key_diff_triton(keys, candidates_of([(0, 3)], 1, device)).cpu()
+    torch.testing.assert_close(found, key_diff.key_diff_reference(near, candidates), rtol=1e-5, atol=TOLERANCE)
 
     out = torch.empty(3, 2, 1, 64, dtype=torch.bfloat16, device=device)
     pack.pack_triton(keys, keys, torch.tensor([[2], [0], [1]], dtype=torch.int32, device=device), out)

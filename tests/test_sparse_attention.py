@@ -35,6 +35,10 @@ CONFIGS = {
     "anchor over several blocks": ApbConfig(num_blocks=9, anchor=50, passing=5),
     "nothing passed": ApbConfig(num_blocks=5, anchor=12, passing=0),
     "no anchor": ApbConfig(num_blocks=6, anchor=0, passing=7),
+    "chosen by keys": ApbConfig(block=40, anchor=20, passing=9, selector="key_diff"),
+    "chosen by keys, recomputed": ApbConfig(
+        num_blocks=4, anchor=30, passing=6, selector="key_diff", anchor_mode="recomputed", order="two_pass"
+    ),
     "short last block": ApbConfig(block=50, anchor=20, passing=9),
     "more ranks than blocks": ApbConfig(num_blocks=2, anchor=20, passing=9),
     "contiguous": ApbConfig(num_blocks=7, anchor=11, passing=4, balance="contiguous"),
@@ -67,7 +71,7 @@ def asking_rows(layout: Layout, config: ApbConfig) -> slice:
 
 
 def expected(sequence: oracle.Sequence, layout: Layout, config: ApbConfig) -> torch.Tensor:
-    chosen = oracle.select(sequence, layout, asking_rows(layout, config))
+    chosen = oracle.select(sequence, layout, asking_rows(layout, config), config.selector)
     return oracle.attend(sequence, oracle.mask(layout, chosen, sequence.k.shape[1]), SCALE)
 
 
@@ -89,7 +93,7 @@ def attend_on_rank(
     kernels: Kernels = KERNELS,
 ) -> torch.Tensor:
     ranks = RankGroup(group)
-    attention = SparseAttention(layout, ranks, SdpaEngine(kernels), selection.create("query"), device)
+    attention = SparseAttention(layout, ranks, SdpaEngine(kernels), selection.create(config.selector), device)
     index = local_rows(layout, ranks.rank)
     q, k, v = (rows[index].to(device) for rows in (sequence.q, sequence.k, sequence.v))
     if config.order == "one_pass":

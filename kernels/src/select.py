@@ -14,7 +14,7 @@ CHUNKS = (128, 256, 512, 1024, 2048, 4096, 8192)
 def select_reference(scores: torch.Tensor, candidates: Candidates) -> torch.Tensor:
     """Rows of the keys to hand on: int32 [candidates.num_selected, num_kv_heads], block after block.
 
-    scores: `scores.scores`, float32 [num_blocks, num_kv_heads, max_length], contiguous.
+    scores: a selector's, float32 [num_blocks, num_kv_heads, max_length], contiguous.
     A block's rows ascend, so that packing reads memory forward. Nothing waits for the device.
     """
     chosen = [torch.empty(0, scores.shape[1], dtype=torch.int32, device=scores.device)]

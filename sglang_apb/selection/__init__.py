@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sglang_apb.selection.base import Selector
 
-_SELECTORS = {"query": ("sglang_apb.selection.query", "QuerySelector")}
+_SELECTORS = {
+    "query": ("sglang_apb.selection.query", "QuerySelector"),
+    "key_diff": ("sglang_apb.selection.key_diff", "KeyDiffSelector"),
+}
 SELECTORS = tuple(_SELECTORS)
 
 

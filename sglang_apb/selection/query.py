@@ -6,7 +6,7 @@ import torch
 
 from sglang_apb.kernels import Kernels
 from sglang_apb.kernels.candidates import Candidates
-from sglang_apb.kernels.scores import mean_question
+from sglang_apb.kernels.query import mean_question
 from sglang_apb.selection.base import Selector
 
 
@@ -20,4 +20,4 @@ class QuerySelector(Selector):
     def score(
         self, keys: torch.Tensor, question: torch.Tensor, candidates: Candidates, kernels: Kernels
     ) -> torch.Tensor:
-        return kernels.scores(keys, mean_question(question, keys.shape[1]), candidates)
+        return kernels.query(keys, mean_question(question, keys.shape[1]), candidates)

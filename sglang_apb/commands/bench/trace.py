@@ -22,7 +22,7 @@ _GROUPS = {
     COMMUNICATION: r"nccl|cross_device_reduce",
     "attention": r"PrefillWithKVCache|flash_fwd|FlashAttn",
     "merge": r"_merge_kernel|MergeStates",
-    "scores, selection, packing": r"_scores_kernel|_select_kernel|_pack_kernel|MeanOps",
+    "scores, selection, packing": r"_query_kernel|_key_diff_kernel|_select_kernel|_pack_kernel|MeanOps",
     "matrix products": r"nvjet|gemm|cutlass|splitKreduce",
     "norms, RoPE, gate": r"norm|rope|act_and_mul|silu",
     "KV cache": r"store_kvcache|store_cache",

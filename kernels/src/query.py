@@ -21,7 +21,7 @@ def mean_question(question: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     return question.unflatten(1, (num_kv_heads, -1)).mean(dim=(0, 2), dtype=torch.float32)
 
 
-def scores_reference(keys: torch.Tensor, question: torch.Tensor, candidates: Candidates) -> torch.Tensor:
+def query_reference(keys: torch.Tensor, question: torch.Tensor, candidates: Candidates) -> torch.Tensor:
     """Max over 5 neighbours in the block of question . key: float32 [num_blocks, num_kv_heads, max_length].
 
     keys: [num_rows, num_kv_heads, head_dim], any strides with a contiguous last dimension.
@@ -36,13 +36,13 @@ def scores_reference(keys: torch.Tensor, question: torch.Tensor, candidates: Can
     return padded
 
 
-def scores_triton(keys: torch.Tensor, question: torch.Tensor, candidates: Candidates) -> torch.Tensor:
+def query_triton(keys: torch.Tensor, question: torch.Tensor, candidates: Candidates) -> torch.Tensor:
     if keys.stride(-1) != 1 or not question.is_contiguous():
         raise ValueError(f"keys need a contiguous last dimension, the question all: strides {keys.stride()}")
     num_blocks, (num_kv_heads, head_dim) = len(candidates.spans), keys.shape[1:]
     padded = question.new_empty((num_blocks, num_kv_heads, candidates.max_length))
     num_tiles = triton.cdiv(candidates.max_length, TILE - POOL_WIDTH + 1)
-    _scores_kernel[(num_tiles * num_kv_heads, num_blocks)](
+    _query_kernel[(num_tiles * num_kv_heads, num_blocks)](
         keys,
         question,
         candidates.table,
@@ -61,7 +61,7 @@ def scores_triton(keys: torch.Tensor, question: torch.Tensor, candidates: Candid
 
 
 @triton.jit(do_not_specialize=["max_length"])  # prompts differ in it: nothing is to be compiled for each
-def _scores_kernel(
+def _query_kernel(
     keys,
     question,
     table,
