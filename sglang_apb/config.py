@@ -38,8 +38,12 @@ class ApbConfig:
 
     anchor: int | None = setting(None, "tokens at the prompt's start that every block sees; n/64 if left out")
     passing: int | str | None = setting(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
-    max_passing: int | None = setting(None, "tokens that all blocks together hand on at most, per KV head")
-    block: int | None = setting(None, "tokens of one block, instead of num_blocks")
+    max_passing: int | None = setting(
+        None,
+        "tokens that all blocks together hand on at most, per KV head: with block, at every 16th block's start the "
+        "best by score of those before it stay; with num_blocks, each hands on an equal share",
+    )
+    block: int | None = setting(None, "tokens of one block, instead of num_blocks; borders stand at its multiples")
     num_blocks: int | None = setting(
         None, "number of blocks, whatever the number of ranks; 16 if left out, of at least 512 tokens"
     )

@@ -7,6 +7,12 @@
 
 Rows of block i attend to the anchor before the block, the passing tokens of blocks 0..i-1, and their own
 block causally. The question attends to the whole context and, causally, to itself. No key is seen twice.
+
+With a bound on passing tokens, at every BOUND_EVERY-th block border the best by score of all that earlier blocks
+handed on stay, for the blocks of the period behind it:
+
+    | period 0: blocks 0 .. 15 | period 1: blocks 16 .. 31     | period 2: ...
+      P_0 .. P_(i-1)             best of (P_0 .. P_15), P_16 ..  best of (those of period 1, P_16 .. P_31), P_32 ..
 """
 
 from __future__ import annotations
@@ -28,6 +34,9 @@ from sglang_apb.config import (
 # With anchor_mode="recomputed" the question is inserted after this many tokens: a chat template's head
 # (APB, modeling_llama.py: 16 for Llama's).
 ANCHOR_HEAD = 16
+# Blocks of a period. Counted from the prompt's start, whatever its length and the number of ranks, so that what a block
+# sees does not change when text is appended.
+BOUND_EVERY = 16
 
 
 class LayoutError(ValueError):
@@ -109,6 +118,7 @@ class Layout:
     owners: tuple[int, ...]
     num_ranks: int
     recomputed: bool = False
+    max_passing: int | None = None  # at a period's start
 
     @property
     def question(self) -> Span:
@@ -133,7 +143,42 @@ class Layout:
 
         A block that starts inside the anchor has no passing tokens before it: its anchor is all that it sees.
         """
-        return self.num_anchor_keys(block) + sum(map(self.num_passing, range(block)))
+        period = block // BOUND_EVERY
+        return self.num_anchor_keys(block) + self.num_staying[period] + self._num_passing_of(period, block)
+
+    @cached_property
+    def num_staying(self) -> tuple[int, ...]:
+        """How many passing tokens of earlier periods stay, per KV head, for the blocks of each period."""
+        staying = [0]
+        for period in range((self.num_blocks - 1) // BOUND_EVERY):
+            staying.append(staying[-1] + self._num_passing_of(period))
+            if self.max_passing is not None:
+                staying[-1] = min(staying[-1], self.max_passing)
+        return tuple(staying)
+
+    @cached_property
+    def first_bounded_period(self) -> int | None:
+        """The first for which not everything stays."""
+        staying = self.num_staying
+        return next(
+            (
+                period
+                for period in range(1, len(staying))
+                if staying[period] < staying[period - 1] + self._num_passing_of(period - 1)
+            ),
+            None,
+        )
+
+    def passing_of(self, period: int) -> Span:
+        """What the period's blocks hand on, among the passing tokens of all blocks in the prompt's order."""
+        start = sum(map(self._num_passing_of, range(period)))
+        return Span(start, start + self._num_passing_of(period))
+
+    def _num_passing_of(self, period: int, end: int | None = None) -> int:
+        """Passing tokens of the period's blocks, before block `end` if given."""
+        first = period * BOUND_EVERY
+        last = min(first + BOUND_EVERY, self.num_blocks) if end is None else end
+        return sum(map(self.num_passing, range(first, last)))
 
     def candidates(self, block: int) -> Span:
         """The tokens of `block` that may be handed on: those that no later block sees as anchor."""
@@ -178,10 +223,8 @@ class Layout:
     def attention_pairs(self) -> int:
         """(query, key) pairs of one layer and head, over all ranks, recomputed anchors counted once a rank."""
         pairs = 0
-        handed_on = 0
         for i, span in enumerate(self.blocks):
-            pairs += len(span) * (self.num_anchor_keys(i) + handed_on) + _triangle(len(span))
-            handed_on += self.num_passing(i)
+            pairs += len(span) * self.num_shared_keys(i) + _triangle(len(span))
         pairs += len(self.question) * self.context_end + _triangle(len(self.question))
         return pairs + self.num_ranks * _triangle(num_rows(self.anchor_copy))
 
@@ -230,7 +273,8 @@ def plan(
     if recomputed:  # the copy stands in front of every block but the first, which must hold the original
         anchor = min(anchor, len(blocks[0]))
     passing = context_end if config.passing == ALL else _follow(config.passing, num_tokens, 128)
-    if config.max_passing is not None:
+    has_fixed_blocks = config.block is not None
+    if config.max_passing is not None and not has_fixed_blocks:  # an equal share for each
         passing = min(passing, config.max_passing // len(blocks))
     return Layout(
         num_tokens=num_tokens,
@@ -241,6 +285,7 @@ def plan(
         owners=tuple(_owner(i, len(blocks), num_ranks, config.balance) for i in range(len(blocks))),
         num_ranks=num_ranks,
         recomputed=recomputed,
+        max_passing=config.max_passing if has_fixed_blocks else None,
     )
 
 

@@ -26,39 +26,56 @@ def num_copied(layout: Layout) -> int:
     return layout.anchor + layout.num_tokens - layout.context_end if layout.recomputed else 0
 
 
-def select(
-    sequence: Sequence, layout: Layout, question_rows: slice, selector: str = "query"
-) -> dict[int, torch.Tensor]:
-    """Per block the prompt tokens that it hands on, [num_passing, num_kv_heads], by the plain formulas.
+Chosen = dict[int, list[set[int]]]
+
+
+def select(sequence: Sequence, layout: Layout, question_rows: slice, selector: str = "query") -> Chosen:
+    """Per block the prompt tokens of earlier ones that it sees, a set for each KV head, by the plain formulas.
 
     query (Spava): mean over question tokens and grouped heads of q . k, max over 5 neighbours in the block.
     key_diff: minus the cosine of the key to the mean of the candidates' unit keys.
     """
-    copied = num_copied(layout)
     num_kv_heads = sequence.k.shape[1]
-    chosen = {}
-    for block, span in enumerate(layout.blocks[:-1]):
+    kept: list[list[tuple[float, int]]] = [[] for _ in range(num_kv_heads)]  # score and token
+    seen: Chosen = {}
+    for block, span in enumerate(layout.blocks):
+        if layout.max_passing is not None and block % 16 == 0:
+            kept = [sorted(tokens, key=_worse)[: layout.max_passing] for tokens in kept]
+        seen[block] = [{token for _, token in tokens} for tokens in kept]
         start = min(max(span.start, layout.anchor), span.end)
-        num_candidates = span.end - start
-        scores = torch.empty(num_candidates, num_kv_heads)
-        for head in range(num_kv_heads):
-            group = sequence.q.shape[1] // num_kv_heads
-            queries = sequence.q[question_rows, head * group : (head + 1) * group].double()
-            keys = sequence.k[copied + start : copied + span.end, head].double()
-            if selector == "key_diff":
-                units = keys / keys.norm(dim=-1, keepdim=True)
-                mean = units.mean(dim=0)
-                scores[:, head] = -(units @ mean) / mean.norm()
-                continue
-            raw = torch.einsum("qgd,nd->qgn", queries, keys).mean(dim=(0, 1))
-            for token in range(num_candidates):
-                scores[token, head] = raw[max(token - 2, 0) : token + 3].max()
-        best = scores.argsort(dim=0, descending=True, stable=True)
-        chosen[block] = start + best[: min(layout.passing, num_candidates)]
-    return chosen
+        for head, scores in enumerate(_scores(sequence, layout, start, span.end, question_rows, selector)):
+            ranked = sorted(zip(scores, range(start, span.end), strict=True), key=_worse)
+            kept[head] += ranked[: layout.passing]
+    return seen
 
 
-def mask(layout: Layout, chosen: dict[int, torch.Tensor], num_kv_heads: int) -> torch.Tensor:
+def _worse(score_and_token: tuple[float, int]) -> tuple[float, int]:
+    """Smaller scores last, and later tokens last among equals."""
+    score, token = score_and_token
+    return -score, token
+
+
+def _scores(
+    sequence: Sequence, layout: Layout, start: int, end: int, question_rows: slice, selector: str
+) -> list[list[float]]:
+    """Of tokens [start, end), for each KV head."""
+    copied, num_kv_heads = num_copied(layout), sequence.k.shape[1]
+    group = sequence.q.shape[1] // num_kv_heads
+    scores = []
+    for head in range(num_kv_heads):
+        keys = sequence.k[copied + start : copied + end, head].double()
+        if selector == "key_diff":
+            units = keys / keys.norm(dim=-1, keepdim=True)
+            mean = units.sum(dim=0)
+            scores.append((-(units @ mean) / mean.norm()).tolist())
+            continue
+        queries = sequence.q[question_rows, head * group : (head + 1) * group].double()
+        raw = torch.einsum("qgd,nd->qgn", queries, keys).mean(dim=(0, 1)).tolist()
+        scores.append([max(raw[max(i - 2, 0) : i + 3]) for i in range(len(raw))])
+    return scores
+
+
+def mask(layout: Layout, chosen: Chosen, num_kv_heads: int) -> torch.Tensor:
     """Which row sees which key: bool [num_kv_heads, num_rows, num_rows]."""
     copied = num_copied(layout)
     num_rows = copied + layout.num_tokens
@@ -72,9 +89,8 @@ def mask(layout: Layout, chosen: dict[int, torch.Tensor], num_kv_heads: int) -> 
                 seen[:, row, :copied] = block > 0
             else:
                 seen[:, row, : min(layout.anchor, span.start)] = True
-            for earlier in range(block):
-                for head in range(num_kv_heads):
-                    seen[head, row, copied + chosen[earlier][:, head]] = True
+            for head, tokens in enumerate(chosen[block]):
+                seen[head, row, [copied + token for token in tokens]] = True
             seen[:, row, copied + span.start : row + 1] = True
     for token in range(layout.context_end, layout.num_tokens):
         seen[:, copied + token, copied : copied + token + 1] = True

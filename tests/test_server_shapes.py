@@ -65,7 +65,8 @@ def test_several_servers_on_either_side_answer_alike(plain: Plain, log_dirs: Ite
         assert all(asked), f"{role} servers were asked {asked} times: the router chose one only"
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=thorough)])
+@thorough
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_each_of_three_decode_ranks_gets_its_heads(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
     """SmolLM2 has 3 KV heads. A sparse prompt, and one on SGLang's path, whose chunks are sent one by one."""
     config = (*CONFIG, "--chunked-prefill-size", "128")

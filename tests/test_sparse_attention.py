@@ -36,6 +36,8 @@ CONFIGS = {
     "nothing passed": ApbConfig(num_blocks=5, anchor=12, passing=0),
     "no anchor": ApbConfig(num_blocks=6, anchor=0, passing=7),
     "chosen by keys": ApbConfig(block=40, anchor=20, passing=9, selector="key_diff"),
+    "a bound": ApbConfig(block=4, anchor=10, passing=2, max_passing=19, selector="key_diff"),
+    "a bound that leaves some periods whole": ApbConfig(block=3, anchor=10, passing=1, max_passing=30),
     "chosen by keys, recomputed": ApbConfig(
         num_blocks=4, anchor=30, passing=6, selector="key_diff", anchor_mode="recomputed", order="two_pass"
     ),
@@ -191,16 +193,46 @@ def dense_causal(sequence: oracle.Sequence) -> torch.Tensor:
         ApbConfig(passing="all", anchor=30, num_blocks=5),
         ApbConfig(passing="all", anchor=100, num_blocks=7),
         ApbConfig(passing=45, anchor=45, block=45),
+        ApbConfig(passing=8, anchor=5, block=8, max_passing=203, selector="key_diff"),
         ApbConfig(num_blocks=1, anchor=13, passing=2),
         ApbConfig(num_blocks=2, anchor=90, passing=0),
     ],
-    ids=["all, no anchor", "all", "all, anchor over blocks", "p = block", "V = 1", "V = 2, a = block, p = 0"],
+    ids=[
+        "all, no anchor",
+        "all",
+        "all, anchor over blocks",
+        "p = block",
+        "p = block, bound",
+        "V = 1",
+        "V = 2, a = block, p = 0",
+    ],
 )
 def test_limits_that_equal_exact_attention(config: ApbConfig) -> None:
     layout = layout_of(config)
     sequence = random_sequence(layout)
     found = attend_on_rank(None, sequence, layout, config)
     assert float((found - dense_causal(sequence)).abs().max()) < TOLERANCE
+
+
+def context_rows(num_tokens: int, config: ApbConfig, sequence: oracle.Sequence) -> torch.Tensor:
+    """Of the context of a prompt that is the sequence's first tokens."""
+    layout = plan(num_tokens, config, question_tokens=QUESTION)
+    start = oracle.Sequence(sequence.q[:num_tokens], sequence.k[:num_tokens], sequence.v[:num_tokens])
+    return attend_on_rank(None, start, layout, config)[: layout.context_end]
+
+
+@pytest.mark.parametrize("max_passing", [None, 19, 40])
+def test_appended_text_changes_no_row_of_the_context(max_passing: int | None) -> None:
+    """So the K and V of every layer stay, and can be found again."""
+    config = ApbConfig(block=4, anchor=10, passing=2, max_passing=max_passing, selector="key_diff")
+    sequence = random_sequence(layout_of(config))
+    whole = context_rows(NUM_TOKENS, config, sequence)
+    for num_tokens in (60, 109, 110, 150, 151):
+        rows = context_rows(num_tokens, config, sequence)
+        assert float((rows - whole[: len(rows)]).abs().max()) < TOLERANCE
+    asked = replace(config, selector="query")
+    rows = context_rows(150, asked, sequence)
+    assert float((rows - context_rows(NUM_TOKENS, asked, sequence)[: len(rows)]).abs().max()) > 100 * TOLERANCE
 
 
 def test_three_blocks_without_passing_are_star_attention() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,6 +34,22 @@ class Candidates:
         ]
         table = torch.tensor(entries, dtype=torch.int32, device=device).view(len(counts), 4)
         return cls(tuple(spans), counts, table)
+
+    def scores_of(self, rows: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Of selected rows: float32 [num_selected, num_kv_heads].
+
+        rows: as `select.select_reference` gives them, of scores [num_blocks, num_kv_heads, max_length].
+        """
+        block = self._block_of_selected[:, None]
+        place = rows - self.table[:, 0][block]
+        head = torch.arange(scores.shape[1], device=scores.device)
+        return scores[block, head, place]
+
+    @cached_property
+    def _block_of_selected(self) -> torch.Tensor:
+        """int64 [num_selected]"""
+        blocks = [block for block, count in enumerate(self.num_passing) for _ in range(count)]
+        return torch.tensor(blocks, dtype=torch.int64, device=self.table.device)
 
     @property
     def max_length(self) -> int:

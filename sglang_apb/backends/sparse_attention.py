@@ -4,6 +4,8 @@ Rows are a rank's [anchor copy | own blocks | question] (`layout.RankRows`). Wha
 
     shared = [anchor | P_0 | P_1 | ... | P_(V-2)]    the same on every rank after the exchange
     block i sees a prefix of it: the anchor, and the passing tokens of blocks 0 .. i-1
+
+Where a bound leaves some of them out, late blocks see a prefix of another buffer (passing_bound.py).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_apb.attention.base import AttentionEngine, Partial, Piece
+from sglang_apb.backends.passing_bound import PassingBound
 from sglang_apb.kernels.candidates import Candidates
 from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import Pending, RankGroup
@@ -61,14 +64,17 @@ class _Group:
 
     rows: Span
     pieces: tuple[Piece, ...]
+    buffer: int  # of `PassingBound.buffers`
 
-    def with_block(self, rows: Span, num_keys: int) -> _Group | None:
-        """With another block behind; None when that is too much for one call."""
+    def with_block(self, rows: Span, num_keys: int, buffer: int) -> _Group | None:
+        """With another block behind; None when that is too much for one call, or its keys lie elsewhere."""
+        if buffer != self.buffer:
+            return None
         together = Span(self.rows.start, rows.end)
         all_keys = num_keys + sum(len(piece.keys) for piece in self.pieces)
         if len(together) > QUERIES_A_CALL or all_keys > KEYS_A_CALL:
             return None
-        return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))))
+        return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))), buffer)
 
 
 def nothing() -> None:
@@ -93,6 +99,7 @@ class SparseAttention:
         self._selector = selector
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
+        self._bound = PassingBound(layout, self._num_anchor, engine.kernels, device)
         # How many passing tokens each rank hands on.
         self._num_selected = [
             sum(self._num_passing[block] for block in layout.blocks_of(rank)) for rank in range(group.size)
@@ -122,9 +129,10 @@ class SparseAttention:
         for block, rows in self.rows.blocks.items():
             if not (num_keys := self.layout.num_shared_keys(block)):
                 continue
-            larger = groups[-1].with_block(rows, num_keys) if groups else None
+            buffer = self._bound.buffer_of(block)
+            larger = groups[-1].with_block(rows, num_keys, buffer) if groups else None
             if larger is None:
-                groups.append(_Group(rows, (Piece(len(rows), Span(0, num_keys)),)))
+                groups.append(_Group(rows, (Piece(len(rows), Span(0, num_keys)),), buffer))
             else:
                 groups[-1] = larger
         return groups
@@ -159,11 +167,11 @@ class SparseAttention:
         """
         context, question = self.rows.context, self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared = self._exchange(layer, layer.q[question.start :])
+        shared, scores = self._exchange(layer, layer.q[question.start :])
         own_lse = self._attend_own(layer, out)
         answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
         meanwhile()
-        self._add_shared(layer, shared, out, own_lse)
+        self._add_shared(layer, shared, scores, out, own_lse)
         out[question.start :] = answer()
         return out
 
@@ -182,10 +190,10 @@ class SparseAttention:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared = self._exchange(layer, layer.q[question.start : question.end])
+        shared, scores = self._exchange(layer, layer.q[question.start : question.end])
         own_lse = self._attend_own(layer, out)
         meanwhile()
-        self._add_shared(layer, shared, out, own_lse)
+        self._add_shared(layer, shared, scores, out, own_lse)
         return out
 
     def attend_question(self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor) -> torch.Tensor:
@@ -199,25 +207,37 @@ class SparseAttention:
             return layer.q.new_empty((0, layer.q.shape[1]), dtype=torch.float32)
         return self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
 
-    def _add_shared(self, layer: LayerRows, shared: torch.Tensor, out: torch.Tensor, own_lse: torch.Tensor) -> None:
-        """Adds to each block, in `out`, what it sees of `shared`."""
+    def _add_shared(
+        self,
+        layer: LayerRows,
+        shared: torch.Tensor,
+        scores: torch.Tensor | None,
+        out: torch.Tensor,
+        own_lse: torch.Tensor,
+    ) -> None:
+        """Adds to each block, in `out`, what it sees of what was handed on."""
+        buffers = enumerate(self._bound.buffers(shared, scores))
+        number, keys_values = next(buffers)
         for group, attend in zip(self._seeing, self._before, strict=True):
+            while number < group.buffer:  # own blocks ascend
+                number, keys_values = next(buffers)
             rows = slice(group.rows.start, group.rows.end)
-            before = attend(layer.q[rows], shared[:, 0], shared[:, 1], layer.scale)
+            before = attend(layer.q[rows], keys_values[:, 0], keys_values[:, 1], layer.scale)
             self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
 
-    def _exchange(self, layer: LayerRows, question: torch.Tensor) -> torch.Tensor:
-        """Anchor and passing tokens of all ranks: [num_anchor + num_passing, 2 (k, v), num_kv_heads, head_dim].
+    def _exchange(self, layer: LayerRows, question: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Anchor and passing tokens of all ranks: [num_anchor + num_passing, 2 (k, v), num_kv_heads, head_dim], and
+        where a bound needs them the passing tokens' scores, [num_passing, num_kv_heads].
 
         The anchor is on its way while passing tokens are chosen.
         """
         num_shared = self._num_anchor + len(self._passing_order)
         shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
         anchor = self._start_anchor(layer, shared)
-        self._exchange_passing(layer, question, shared[self._num_anchor :])
+        scores = self._exchange_passing(layer, question, shared[self._num_anchor :])
         for pending in anchor:
             pending.wait()
-        return shared
+        return shared, scores
 
     def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
         if self.layout.recomputed:
@@ -239,20 +259,27 @@ class SparseAttention:
                 return Span(start, start + len(tokens))
         raise ValueError(f"tokens [{tokens.start}, {tokens.end}) are not on rank {self._group.rank}")
 
-    def _exchange_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> None:
-        """Chooses the own blocks' passing tokens, and brings all ranks' to `target`.
+    def _exchange_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Chooses the own blocks' passing tokens, and brings all ranks' to `target`; gives their scores if needed.
 
         target: [num_passing_in_all, 2, num_kv_heads, head_dim], in the order of the prompt.
         """
         candidates = self._candidates
         alone = self._group.size == 1
         selected = target if alone else target.new_empty((candidates.num_selected, *target.shape[1:]))
+        chosen_scores = target.new_empty((candidates.num_selected, target.shape[2]), dtype=torch.float32)
         if candidates.num_selected:
             scores = self._selector.score(layer.k, question, candidates, self._kernels)
-            self._kernels.pack(layer.k, layer.v, self._kernels.select(scores, candidates), selected)
-        if not alone:
-            gathered = self._group.gather_padded(selected, self._num_selected).wait()
-            torch.index_select(gathered.flatten(0, 1), 0, self._passing_order, out=target)
+            rows = self._kernels.select(scores, candidates)
+            self._kernels.pack(layer.k, layer.v, rows, selected)
+            if self._bound.is_needed:
+                chosen_scores = candidates.scores_of(rows, scores)
+        sent = [selected, chosen_scores] if self._bound.is_needed else [selected]
+        if alone:
+            return chosen_scores if self._bound.is_needed else None
+        gathered = self._group.gather_together(sent, self._num_selected).wait()
+        torch.index_select(gathered[0].flatten(0, 1), 0, self._passing_order, out=target)
+        return gathered[1].flatten(0, 1)[self._passing_order] if self._bound.is_needed else None
 
     def _start_question(
         self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor

@@ -93,8 +93,11 @@ class ObservedGroup(RankGroup):
         self._ranks = group
         self._observe = observe
 
+    def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
+        return self._shown(self._observe(COMMUNICATION, self._ranks.gather_together, parts, counts))
+
     def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        return self._shown(self._observe(COMMUNICATION, self._ranks.gather_padded, rows, counts))
+        return self._shown(super().gather_padded(rows, counts))
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         return self._shown(self._observe(COMMUNICATION, self._ranks.broadcast, rows, source))
@@ -124,10 +127,11 @@ class StandInGroup(RankGroup):
         self.received: list[int] = []
         self._others: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
-    def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
-        gathered = self._from_others(rows, (self.size, max(counts), *rows.shape[1:]))
-        gathered[self.rank, : len(rows)] = rows
-        self.received.append((self.size - 1) * gathered[0].nbytes)
+    def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
+        gathered = [self._from_others(rows, (self.size, max(counts), *rows.shape[1:])) for rows in parts]
+        for all_rows, rows in zip(gathered, parts, strict=True):
+            all_rows[self.rank, : len(rows)] = rows
+        self.received.append(sum((self.size - 1) * rows[0].nbytes for rows in gathered))
         return Pending(gathered)
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
