@@ -109,16 +109,18 @@ def notes_of(req: Any) -> Notes:
 
 
 def prompt_of(req: Any) -> Prompt:
-    wants_input_logprobs = req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids)
+    num_tokens, first_logprob = len(req.origin_input_ids), None
+    if req.return_logprob and 0 <= req.logprob_start_len < num_tokens:
+        first_logprob = req.logprob_start_len
     needs_every_row = bool(
-        wants_input_logprobs
-        or req.return_hidden_states
+        req.return_hidden_states
         or req.input_embeds is not None
         or req.positional_embed_overrides is not None
         or req.multi_item_delimiter_indices is not None
         or req.session is not None
     )
-    return Prompt(len(req.origin_input_ids), len(req.output_ids), req.sampling_params.custom_params, needs_every_row)
+    custom_params = req.sampling_params.custom_params
+    return Prompt(num_tokens, len(req.output_ids), custom_params, needs_every_row, first_logprob)
 
 
 def is_ended(req: Any) -> bool:

@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit status: 0, 1 for a CommandError, 2 for a bad command line."""
     _end_orderly()
-    args = build_parser().parse_args(_with_values_joined(sys.argv[1:] if arguments is None else arguments))
+    args = _parse(_with_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         return args.run(args)
     except CommandError as error:
@@ -47,6 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What follows -- is for servers; argparse would lose it behind options where there is another positional."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments[:end])
+    if rest := arguments[end + 1 :]:
+        if not hasattr(args, "server_args"):
+            parser.error(f"unrecognized arguments: {' '.join(arguments[end:])}")
+        args.server_args = list(rest)
+    return args
 
 
 def _end_orderly() -> None:

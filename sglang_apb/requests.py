@@ -28,7 +28,8 @@ class Prompt:
     num_tokens: int
     num_output_tokens: int  # a retracted request prefills its output too
     custom_params: Mapping[str, Any] | None
-    needs_every_row: bool  # input logprobs, hidden states, own embeddings, a session
+    needs_every_row: bool  # hidden states, own embeddings, a session
+    first_logprob: int | None = None  # the first token whose row has to give a logprob, if any
 
 
 @dataclass
@@ -77,12 +78,16 @@ def wish_of(prompt: Prompt, shortest_sparse: int) -> Wish | None:
     """What the sparse prefill should know of the request; None when it takes the exact path.
 
     Exact are: prompts of less than `shortest_sparse` tokens, prompts that ask for it, and those that want something of
-    every row (input logprobs, hidden states) or bring their own embeddings or session.
+    every row (hidden states) or bring their own embeddings or session. Input logprobs come with a sparse prefill where
+    the request says that these tokens are its question.
     """
     given = parameters_of(prompt.custom_params)
     if prompt.num_tokens < shortest_sparse or given.get("exact") or prompt.needs_every_row:
         return None
-    return Wish(question_tokens=given.get("question_tokens"))
+    asked = given.get("question_tokens")
+    if prompt.first_logprob is not None and prompt.first_logprob < prompt.num_tokens - (asked or 0):
+        return None
+    return Wish(question_tokens=asked)
 
 
 def question_tokens(prompt: Prompt, wish: Wish, config: ApbConfig) -> int | None:

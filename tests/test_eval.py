@@ -16,7 +16,7 @@ from fake_openai import REPORT
 
 from sglang_apb import cli
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.eval import needles, ruler
+from sglang_apb.commands.eval import needles, prompts, ruler
 from sglang_apb.commands.eval.questions import Answer, AnswerFile, Question
 from sglang_apb.commands.eval.scores import Score, difference, mean_score
 
@@ -211,6 +211,66 @@ def test_a_name_without_a_value_is_refused(run: Callable[..., int], capsys: pyte
     with pytest.raises(SystemExit):
         run("--url", "http://127.0.0.1:9")
     assert "must be NAME=VALUE" in capsys.readouterr().err
+
+
+# prompts
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"prompt": "a"', "line 2: Expecting ','"),
+        ('["a"]', "line 2: an object with messages or prompt is wanted"),
+        ('{"text": "a"}', "line 2: an object with messages or prompt is wanted"),
+        ('{"prompt": "a", "messages": []}', "line 2: an object with messages or prompt is wanted"),
+        ('{"prompt": 3}', "line 2: prompt and answer must be texts"),
+        ('{"prompt": "a", "answer": 3}', "line 2: prompt and answer must be texts"),
+        ('{"messages": []}', "line 2: messages is empty"),
+        ('{"messages": [{"content": "a"}]}', "line 2: messages must be a list of objects with role and content"),
+    ],
+)
+def test_a_broken_line_is_named(line: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(CommandError, match=re.escape(f"{file}, {sentence}")):
+        prompts.read(file, 8)
+
+
+def test_prompts_and_chats_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    chat = [{"role": "user", "content": "Who?"}]
+    file.write_text(json.dumps({"messages": chat, "answer": "Ada"}) + '\n\n{"prompt": "Once"}\n')
+    first, second = prompts.read(file, 8)
+    assert (json.loads(first.text), first.references, first.index) == (chat, ("Ada",), 1)
+    assert (second.text, second.references, second.index, second.is_completion) == ("Once", (), 3, True)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="does not exist"):
+        prompts.read(tmp_path / "none", 8)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(CommandError, match="has no prompts"):
+        prompts.read(tmp_path / "empty", 8)
+
+
+def compared(logprob: float, **right: bool | None) -> dict[str, Any]:
+    row = {"contestant": "apb", "line": 1, "parted_at": None, "logprob_exact": -1.0, "logprob_sparse": logprob}
+    return row | {"exact_is_right": right.get("exact"), "sparse_is_right": right.get("sparse")}
+
+
+@pytest.mark.parametrize(
+    ("row", "is_good"),
+    [
+        (compared(-1.04), True),
+        (compared(-1.06), False),
+        (compared(-1.0, exact=True, sparse=True), True),
+        (compared(-1.0, exact=True, sparse=False), False),
+        (compared(-1.0, exact=False, sparse=True), True),
+    ],
+)
+def test_the_last_sentence_says_whether_to_turn_it_on(row: dict[str, Any], is_good: bool) -> None:
+    said = prompts._verdict("apb", [row])
+    assert said.endswith(f"{'turn it on' if is_good else 'stay with exact attention'} for these prompts.")
 
 
 # RULER

@@ -114,7 +114,7 @@ class ApbBackend(PrefillBackend):
         else:
             self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
             hidden = self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
-        return self._logits(forward_batch, hidden[-1:])
+        return self._logits(forward_batch, hidden)
 
     def _run(
         self, forward_batch: Any, attention: _LayerAttention, tokens: Iterable[Span], positions: Iterable[Span]
@@ -126,20 +126,24 @@ class ApbBackend(PrefillBackend):
                 forward_batch.input_ids[indices(tokens, device)], indices(positions, device), forward_batch
             )
 
-    def _logits(self, forward_batch: Any, last_row: torch.Tensor) -> Any:
-        """Logits of the prompt's last token.
+    def _logits(self, forward_batch: Any, hidden: torch.Tensor) -> Any:
+        """Logits of the prompt's last token, and logprobs of the question's where the request wants them.
 
         Every rank samples for itself, so all must start from the very same bits: rank 0's. Their own rows differ
         in rounding, because their matrix products had different numbers of rows.
         """
-        model = self._runner.model
-        last_row = self._group.broadcast(last_row.contiguous(), 0).wait()
+        model, metadata = self._runner.model, LogitsMetadata.from_forward_batch(forward_batch)
+        num_rows = 1
+        if metadata.extend_return_logprob:
+            (num_rows,) = metadata.extend_logprob_pruned_lens_cpu  # type: ignore[misc]
+            metadata = dataclasses.replace(metadata, extend_logprob_start_lens_cpu=[0])
+        last_rows = self._group.broadcast(hidden[-num_rows:].contiguous(), 0).wait()
         metadata = dataclasses.replace(
-            LogitsMetadata.from_forward_batch(forward_batch),
-            extend_seq_lens=torch.ones(1, dtype=torch.int64, device=last_row.device),
-            extend_seq_lens_cpu=[1],
+            metadata,
+            extend_seq_lens=torch.full((1,), num_rows, dtype=torch.int64, device=last_rows.device),
+            extend_seq_lens_cpu=[num_rows],
         )
-        return model.logits_processor(forward_batch.input_ids[-1:], last_row, model.lm_head, metadata)
+        return model.logits_processor(forward_batch.input_ids[-num_rows:], last_rows, model.lm_head, metadata)
 
 
 class _LayerAttention:

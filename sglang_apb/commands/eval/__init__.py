@@ -11,7 +11,9 @@ from importlib import import_module
 HELP = "measure how good answers are, against exact attention"
 KINDS = {
     "ruler": "sglang_apb.commands.eval.ruler",
+    "infinitebench": "sglang_apb.commands.eval.infinitebench",
     "needles": "sglang_apb.commands.eval.needles",
+    "prompts": "sglang_apb.commands.eval.prompts",
 }
 
 

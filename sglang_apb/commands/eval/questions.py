@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`num_tokens` of the prompt; `first_token_s` from the request on; `prefill` as `prefill_report` gives it."""
+    """`num_tokens` of the prompt; `first_token_s` from the request on; `prefill` as `prefill_report` gives it; `more`
+    is the benchmark's.
+    """
 
     key: str
     digest: str
@@ -48,6 +50,7 @@ class Answer:
     num_tokens: int
     first_token_s: float
     prefill: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class AnswerFile:
@@ -97,7 +100,3 @@ class AnswerFile:
             self._answers[answer.key] = answer
             with self.path.open("a") as file:
                 file.write(json.dumps(asdict(answer)) + "\n")
-
-
-def lengths_of(questions: Sequence[Question]) -> list[int]:
-    return sorted({question.length for question in questions})
