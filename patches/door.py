@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -95,17 +96,33 @@ def _field_at(record: Any, path: str) -> str:
 _REFUSED = "\0refused room "
 
 
+@dataclass(frozen=True)
+class RefusedRoom:
+    """Of a request that the door has refused; `host` and `port` are prefill's, as its client or router gave them."""
+
+    number: int
+    host: str
+    port: int | None
+    reason: str
+
+
 def refuse_rooms(tokenizer_manager: Any, request: Any, reason: str) -> None:
     """Tells this server's schedulers that requests with the rooms of `request` will not come, if none has."""
     from sglang.srt.managers.io_struct import AbortReq
 
-    rooms = getattr(request, "bootstrap_room", None)  # a request for embeddings has none
-    for room in rooms if isinstance(rooms, list) else [rooms]:
+    # A request for embeddings has none.
+    given = [getattr(request, f"bootstrap_{name}", None) for name in ("room", "host", "port")]
+    count = max(len(value) if isinstance(value, list) else 1 for value in given)
+    columns = [value if isinstance(value, list) else [value] * count for value in given]
+    for room, host, port in zip(*columns, strict=False):
         if isinstance(room, int):
-            tokenizer_manager._dispatch_to_scheduler(AbortReq(rid=f"{_REFUSED}{room}", abort_message=reason))
+            place = msgspec.json.encode([room, str(host or ""), port if isinstance(port, int) else None]).decode()
+            tokenizer_manager._dispatch_to_scheduler(AbortReq(rid=f"{_REFUSED}{place}", abort_message=reason))
 
 
-def refused_room(abort: Any) -> tuple[int, str] | None:
-    """The room that such a message is about, and the reason; None for another one."""
-    number = abort.rid.removeprefix(_REFUSED)
-    return (int(number), abort.abort_message or "") if abort.rid != number and number.isdecimal() else None
+def refused_room(abort: Any) -> RefusedRoom | None:
+    """What such a message is about; None for another one."""
+    if not abort.rid.startswith(_REFUSED):
+        return None
+    room, host, port = msgspec.json.decode(abort.rid.removeprefix(_REFUSED))
+    return RefusedRoom(room, host, port, abort.abort_message or "")

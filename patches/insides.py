@@ -275,6 +275,20 @@ def sending_of(bootstrap_queue: Any) -> Any:
     return bootstrap_queue.kv_manager.sending
 
 
+def decode_transfer_of(scheduler: Any) -> Any:
+    """Our KV manager on this decode rank."""
+    return scheduler.disagg_decode_prealloc_queue.kv_manager
+
+
+def bootstrap_address(host: str, port: int | None) -> str:
+    """As a decode rank's scheduler calls the prefill server that a request names."""
+    from sglang.srt.runtime_context import get_disagg
+    from sglang.srt.utils.network import NetworkAddress
+
+    given = get_disagg().disaggregation_bootstrap_port if port is None else port
+    return str(NetworkAddress(host, given).to_host_port_str())
+
+
 def receiver_of(decode_req: Any) -> Any:
     """Our KV receiver of the request; None with SGLang's fake one, which its health checks have."""
     receiver = decode_req.kv_receiver

@@ -72,9 +72,9 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
     if our_transfer:
-        wanted += (*transfer_backend.PATCHES, *pd_prompt.PATCHES)
+        wanted += (*transfer_backend.PATCHES, *pd_prompt.PATCHES, *pd_refusal.PATCHES)
         if server_args.disaggregation_mode == "prefill":
-            wanted += pd_refusal.PATCHES
+            wanted += pd_refusal.PREFILL_PATCHES
         keys = transfer_keys.load(options.transfer())
         transfer_backend.use_key(keys.public if keys else "")
     if options.is_set and server_args.disaggregation_mode == "prefill":

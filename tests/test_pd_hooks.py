@@ -158,18 +158,25 @@ def test_prefill_says_which_prompt_it_has() -> None:
     assert sender.told == [[5, 6]]
 
 
-def test_schedulers_hear_of_rooms_that_the_door_refuses() -> None:
+def test_schedulers_hear_of_rooms_that_the_door_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     tokenizer_manager = SimpleNamespace(_dispatch_to_scheduler=sent.append)
-    for rooms in (70, [71, 72], None, "x"):
-        door.refuse_rooms(tokenizer_manager, SimpleNamespace(bootstrap_room=rooms), "too long")
+    hosts: Any
+    for rooms, hosts in ((70, "a"), ([71, 72], ["b", "c"]), (73, None), (None, "a"), ("x", "a")):
+        request = SimpleNamespace(bootstrap_room=rooms, bootstrap_host=hosts, bootstrap_port=8998)
+        door.refuse_rooms(tokenizer_manager, request, "too long")
     door.refuse_rooms(tokenizer_manager, SimpleNamespace(), "no embeddings here")
-    assert [door.refused_room(message) for message in sent] == [(70, "too long"), (71, "too long"), (72, "too long")]
+    assert [door.refused_room(message) for message in sent] == [
+        door.RefusedRoom(number, host, 8998, "too long") for number, host in ((70, "a"), (71, "b"), (72, "c"), (73, ""))
+    ]
     refused: list[Any] = []
-    sending = SimpleNamespace(refuse=lambda *what: refused.append(what))
-    queue = SimpleNamespace(kv_manager=SimpleNamespace(sending=sending))
-    scheduler = SimpleNamespace(disagg_prefill_bootstrap_queue=queue)
     aborted: list[Any] = []
-    for message in (sent[0], AbortReq(rid="r"), AbortReq(abort_all=True)):
-        pd_refusal._tell_decode(lambda self, abort: aborted.append(abort.rid), scheduler, message)
-    assert (refused, aborted) == ([(70, "too long")], ["r", ""])
+    sending = SimpleNamespace(refuse=lambda *what: refused.append(what))
+    manager = SimpleNamespace(sending=sending, refuse_room=lambda *what: refused.append(what))
+    queue = SimpleNamespace(kv_manager=manager)
+    scheduler = SimpleNamespace(disagg_prefill_bootstrap_queue=queue, disagg_decode_prealloc_queue=queue)
+    for half in ("prefill", "decode"):
+        monkeypatch.setattr(insides, "pair_half", lambda half=half: half)
+        for message in (sent[0], AbortReq(rid="r"), AbortReq(abort_all=True)):
+            pd_refusal._tell_other_server(lambda self, abort: aborted.append(abort.rid), scheduler, message)
+    assert refused == [(70, "too long"), ("a:8998", 70, "too long")] and aborted == ["r", ""] * 2

@@ -181,6 +181,12 @@ def test_a_request_that_one_half_alone_has_is_given_up(pair: LocalCluster) -> No
     assert post(prefill.url, **body).status_code == requests.codes.bad_request
     refused.join(15)
     assert "top_p must be in (0, 1], got 7" in refused.text, refused.text
+    sampling = {"max_new_tokens": 2}
+    refused = Half(prefill.url, {"input_ids": PROMPT[:60], "bootstrap_room": 83, "sampling_params": sampling} | fields)
+    body |= {"bootstrap_room": 83}
+    assert post(decode.url, **body).status_code == requests.codes.bad_request
+    refused.join(15)
+    assert "top_p must be in (0, 1], got 7" in refused.text, refused.text
     alone = Half(decode.url, {"input_ids": PROMPT[:60], "bootstrap_room": 82} | fields)
     alone.join(60)
     assert "The prefill server has not got the request within 2 s" in alone.text, alone.text

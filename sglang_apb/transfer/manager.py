@@ -21,9 +21,11 @@ from sglang_apb.transfer.config import TransferConfig
 from sglang_apb.transfer.directory import PrefillDirectory
 from sglang_apb.transfer.gpu_pages import open_pool
 from sglang_apb.transfer.heads import Shares, heads_of
+from sglang_apb.transfer.hosts import Address
 from sglang_apb.transfer.pages import in_layers, open_host_memory
 from sglang_apb.transfer.reasons import Reasons
 from sglang_apb.transfer.receiving import ReceivingEndpoint
+from sglang_apb.transfer.room_number import ROOMS
 from sglang_apb.transfer.sending import SendingEndpoint
 from sglang_apb.transfer.wall import fails_alone
 
@@ -126,6 +128,25 @@ class ZmqKVManager(CommonKVManager):
                 del self.connection_pool[key]
             self.prefill_info_table.pop(bootstrap_addr, None)
             self.refusals.pop(bootstrap_addr, None)
+
+    def refuse_room(self, bootstrap_addr: str, number: int, reason: str) -> None:
+        """Tells prefill that this decode server has refused the room's request. A server that none of its requests has
+        named yet is not known, and gives the request up by itself.
+        """
+        info = self.prefill_info_table.get(bootstrap_addr)
+        if info is None or number not in ROOMS or bootstrap_addr in self.refusals:
+            return
+        with self.connection_lock:
+            ranks = [
+                rank
+                for key, all_ in self.connection_pool.items()
+                if key.startswith(f"{bootstrap_addr}_")
+                for rank in all_
+            ]
+        with contextlib.suppress(ValueError):  # not the server's ranks for this one
+            asker = self.shares(info, [rank["tp_rank"] for rank in ranks]).asker
+            addresses = [Address(rank["rank_ip"], rank["rank_port"], rank["key"]) for rank in ranks]
+            self.receiving.refuse(number, addresses, reason, asker=asker)
 
     def check_status(self, bootstrap_room: int) -> Any:
         """SGLang's; a room that is not known any more has failed. Asked also by the heartbeat's thread, whom a KeyError
