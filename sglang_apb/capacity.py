@@ -11,7 +11,7 @@ from sglang_apb.layout import LayoutError
 FIXED_BYTES = 2 << 30
 # What a server takes between its pool and its first prompt: CUDA graphs, kernels, FlashInfer's workspaces. 1.6 to 2.1
 # GiB were seen (Llama-3.1-8B's shape, H200).
-STARTING_BYTES = 2 << 30
+STARTING_BYTES = 9 << 28
 
 
 @dataclass(frozen=True)

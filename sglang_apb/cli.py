@@ -54,6 +54,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = build_parser()
     args = parser.parse_args(arguments[:end])
+    if stray := getattr(args, "server_args", None):
+        parser.error(f"unrecognized arguments: {' '.join(stray)}; what is for servers follows --")
     if rest := arguments[end + 1 :]:
         if not hasattr(args, "server_args"):
             parser.error(f"unrecognized arguments: {' '.join(arguments[end:])}")

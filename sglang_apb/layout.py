@@ -169,6 +169,13 @@ class Layout:
             None,
         )
 
+    @property
+    def num_bounded_keys(self) -> int:
+        """At most, of what a bounded period's blocks see; 0 where everything stays."""
+        if self.first_bounded_period is None:
+            return 0
+        return self.anchor + max(self.num_staying) + BOUND_EVERY * self.passing
+
     def passing_of(self, period: int) -> Span:
         """What the period's blocks hand on, among the passing tokens of all blocks in the prompt's order."""
         start = sum(map(self._num_passing_of, range(period)))

@@ -33,7 +33,7 @@ def servers_that_say() -> Iterator[Callable[[Say], str]]:
             def do_GET(self) -> None:
                 self.send_response(200)
                 self.end_headers()
-                self.wfile.write(json.dumps({"data": [{"max_model_len": MAX_MODEL_LEN}]}).encode())
+                self.wfile.write(json.dumps({"model_path": "m", "data": [{"max_model_len": MAX_MODEL_LEN}]}).encode())
 
             def do_POST(self) -> None:
                 said = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))

@@ -8,11 +8,13 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_openai import REPORT
+from scipy.stats import t as student
 
 from sglang_apb import cli
 from sglang_apb.commands import CommandError
@@ -57,11 +59,16 @@ def test_a_difference_is_of_pairs() -> None:
 
 
 def test_the_interval_is_that_of_a_mean_of_means() -> None:
-    """Differences -10, 10 and 0, 0, 3: variances 200 and 3, of means over 2 and 3 samples."""
+    """Differences -10, 10 and 0, 0, 3: variances 200 and 3, of means over 2 and 3 samples; 1.02 degrees of freedom."""
     exact = scores("exact", one=[0.0] * 2, two=[0.0] * 3)
     found = difference(scores("a", one=[-10.0, 10.0], two=[0.0, 0.0, 3.0]), exact)
     assert found is not None and found.mean == pytest.approx(0.5)
-    assert found.half_width == pytest.approx(1.96 * math.sqrt(200 / 2 + 3 / 3) / 2)
+    assert found.half_width == pytest.approx(student.ppf(0.975, 101**2 / (100**2 + 1 / 2)) * math.sqrt(101) / 2)
+
+
+def test_a_few_pairs_have_a_wide_interval() -> None:
+    found = difference(scores("a", one=[0.0, -10.0]), scores("exact", one=[0.0, 0.0]))
+    assert found is not None and found.half_width == pytest.approx(63.5, abs=0.1)  # t = 12.7 with one degree
 
 
 def test_one_pair_has_no_interval() -> None:
@@ -94,6 +101,17 @@ def test_answers_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None
     assert again.missing([question(i) for i in range(22)]) == [question(20), question(21)]
     again.add(answer_to(question(20)))
     assert AnswerFile(path, made_with).get(question(20)) == answer_to(question(20))
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("", None), ('{"mo', None), ("{}\nx\n", "line 2 is no JSON")])
+def test_a_file_that_was_broken_off(text: str, sentence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    if sentence is None:
+        AnswerFile(tmp_path / "a.jsonl", {"model": "m"}).add(answer_to(question(0)))
+        assert AnswerFile(tmp_path / "a.jsonl", {"model": "m"}).get(question(0)) is not None
+        return
+    with pytest.raises(CommandError, match=sentence):
+        AnswerFile(tmp_path / "a.jsonl", {})
 
 
 def test_answers_made_otherwise_are_not_mixed(tmp_path: Path) -> None:
@@ -180,7 +198,7 @@ def test_a_run_goes_on_where_it_was_broken_off(
 
 def test_a_server_that_is_not_there_is_named(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--url", "apb=http://127.0.0.1:9") == 1
-    assert "http://127.0.0.1:9/v1/models does not answer" in capsys.readouterr().err
+    assert "http://127.0.0.1:9/model_info does not answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -189,6 +207,7 @@ def test_a_server_that_is_not_there_is_named(run: Callable[..., int], capsys: py
         (["--config", "a={}", "--config", "a={}"], "256", "'a' is the name of two contestants"),
         (["--config", 'a={"no": 1}'], "256", "--config a: .*unknown"),
         (["--url", "a=http://x", "--config", "b={}"], "256", "--url asks servers that run"),
+        (["--", "--api-key", "k"], "256", "--api-key: servers started here are asked from this machine alone"),
         ([], "256,9000", "--lengths 9000: the model takes 8192 tokens"),
         ([], "20", "does not fit in 4 tokens"),
     ],
@@ -225,6 +244,8 @@ def test_a_name_without_a_value_is_refused(run: Callable[..., int], capsys: pyte
         ('{"prompt": "a", "messages": []}', "line 2: an object with messages or prompt is wanted"),
         ('{"prompt": 3}', "line 2: prompt and answer must be texts"),
         ('{"prompt": "a", "answer": 3}', "line 2: prompt and answer must be texts"),
+        ('{"prompt": "a", "answer": ""}', "line 2: answer is empty"),
+        ('{"messages": [{"content": "a", "role": 1}]}', "line 2: messages must be a list of objects"),
         ('{"messages": []}', "line 2: messages is empty"),
         ('{"messages": [{"content": "a"}]}', "line 2: messages must be a list of objects with role and content"),
     ],
@@ -239,38 +260,58 @@ def test_a_broken_line_is_named(line: str, sentence: str, tmp_path: Path) -> Non
 def test_prompts_and_chats_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Who?"}]
-    file.write_text(json.dumps({"messages": chat, "answer": "Ada"}) + '\n\n{"prompt": "Once"}\n')
+    file.write_text(
+        json.dumps({"messages": chat, "answer": "Ada"}) + '\n\n{"prompt": "Once\u2028"}\n', encoding="utf-8"
+    )
     first, second = prompts.read(file, 8)
     assert (json.loads(first.text), first.references, first.index) == (chat, ("Ada",), 1)
-    assert (second.text, second.references, second.index, second.is_completion) == ("Once", (), 3, True)
+    assert (second.text, second.references, second.index, second.is_completion) == ("Once\u2028", (), 3, True)
 
 
 def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="does not exist"):
+    with pytest.raises(CommandError, match=r"cannot be read: .*No such file"):
         prompts.read(tmp_path / "none", 8)
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(CommandError, match="has no prompts"):
         prompts.read(tmp_path / "empty", 8)
 
 
-def compared(logprob: float, **right: bool | None) -> dict[str, Any]:
-    row = {"contestant": "apb", "line": 1, "parted_at": None, "logprob_exact": -1.0, "logprob_sparse": logprob}
-    return row | {"exact_is_right": right.get("exact"), "sparse_is_right": right.get("sparse")}
+def compared(*logprobs: float | None, **right: bool | None) -> list[dict[str, Any]]:
+    common = {"contestant": "apb", "parted_at": None if right.get("same", True) else 3, "logprob_exact": -1.0}
+    common |= {"exact_is_right": right.get("exact"), "sparse_is_right": right.get("sparse")}
+    return [common | {"line": line, "logprob_sparse": logprob} for line, logprob in enumerate(logprobs)]
+
+
+GOOD, BAD, FEW = "turn it on for these prompts.", "stay with exact attention for these prompts.", "ask more."
 
 
 @pytest.mark.parametrize(
-    ("row", "is_good"),
+    ("rows", "end"),
     [
-        (compared(-1.04), True),
-        (compared(-1.06), False),
-        (compared(-1.0, exact=True, sparse=True), True),
-        (compared(-1.0, exact=True, sparse=False), False),
-        (compared(-1.0, exact=False, sparse=True), True),
+        (compared(-1.01, -1.02, -1.015), GOOD),
+        (compared(-1.2, -1.21, -1.22), BAD),
+        (compared(-1.01, -1.2), FEW),
+        (compared(-1.0), FEW),
+        (compared(-1.0, -1.0, exact=True, sparse=True), GOOD),
+        (compared(-1.0, -1.0, exact=True, sparse=False), BAD),
+        (compared(-1.0, -1.0, exact=False, sparse=True), GOOD),
+        (compared(None, None), GOOD),  # the same answers
+        (compared(None, None, same=False), BAD),
+        (compared(None, None, same=False, exact=True, sparse=True), GOOD),
     ],
 )
-def test_the_last_sentence_says_whether_to_turn_it_on(row: dict[str, Any], is_good: bool) -> None:
-    said = prompts._verdict("apb", [row])
-    assert said.endswith(f"{'turn it on' if is_good else 'stay with exact attention'} for these prompts.")
+def test_the_last_sentence_says_whether_to_turn_it_on(rows: list[dict[str, Any]], end: str) -> None:
+    assert prompts._verdict("apb", rows).endswith(end)
+
+
+def test_answers_that_were_compared_with_another_one_are_asked_again(tmp_path: Path) -> None:
+    files = [AnswerFile(tmp_path / name, {}) for name in ("exact", "apb")]
+    asked = question(0)
+    for file, more in zip(files, ({"token_ids": [1]}, {"exact_token_ids": [1]}), strict=True):
+        file.add(replace(answer_to(asked), more=more))
+    assert prompts._missing([asked], files[1], files[0]) == prompts._missing([asked], files[0], files[0]) == []
+    files[0].add(replace(answer_to(asked), more={"token_ids": [2]}))
+    assert prompts._missing([asked], files[1], files[0]) == [asked]
 
 
 # RULER
@@ -294,7 +335,7 @@ def test_answers_are_rated_as_nvidias_package_does(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--tasks", "niah_single_9"], "'niah_single_9' is none of RULER's tasks"),
+        (["--tasks", "niah_single_9"], "'niah_single_9' is none of niah_single_1"),
         (["--tasks", "vt", "--lengths", "512"], "RULER's vt takes at least 1024 tokens"),
         (["--tasks", "qa_1", "--lengths", "2048,8192"], "RULER's qa_1 takes at least 4096 tokens"),
     ],

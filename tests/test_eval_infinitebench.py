@@ -61,7 +61,9 @@ def test_numbers_to_find_and_functions_to_run_have_these_answers() -> None:
     [
         ("passkey", ("12345",), "It is 12345, I think of 9.", 100),
         ("passkey", ("12345",), "1234", 0),
-        ("math_find", ("-7",), " -7", 100),
+        ("math_find", ("7",), " 7, I think", 100),
+        ("passkey", ("71432",), "passkey-71432", 100),
+        ("kv_retrieval", ("ab",), "AB", 0),
         ("code_run", ("42",), "3 + 39, so the value is 42.", 100),
         ("code_run", ("42",), "42 and 1", 0),
         ("kv_retrieval", ("ab-cd",), 'The value is "ab-cd".', 100),

@@ -448,9 +448,12 @@ def test_arguments_reach_the_right_server(tmp_path: Path) -> None:
 
 def test_replicas_of_a_decode_server_find_their_ports(tmp_path: Path) -> None:
     """With one given to all of them, the second could not listen."""
-    cluster = LocalCluster("some-model", port=31990, log_dir=tmp_path, decode_arguments=["--dp-size", "2"])
-    prefill, decode, _ = (group.command for group in cluster.groups)
-    assert "--nccl-port" in prefill and "--nccl-port" not in decode
+    for replicas in (["--dp-size", "2"], ["--dp=2"], ["--data-parallel-size=2"]):
+        cluster = LocalCluster("some-model", port=31990, log_dir=tmp_path, decode_arguments=replicas)
+        prefill, decode, _ = (group.command for group in cluster.groups)
+        assert "--nccl-port" in prefill and "--nccl-port" not in decode
+    alone = LocalCluster("some-model", port=31990, log_dir=tmp_path, decode_arguments=["--dp-size", "1"])
+    assert "--nccl-port" in alone.groups[1].command
 
 
 def test_the_command_line_reaches_both_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

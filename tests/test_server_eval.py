@@ -40,7 +40,7 @@ def test_own_prompts(plain: Plain, tmp_path: Path, capsys: pytest.CaptureFixture
     file, text = tmp_path / "prompts.jsonl", "All human beings are born free and equal in dignity and rights. " * 40
     chat = [{"role": "user", "content": text}]
     file.write_text(json.dumps({"prompt": text}) + "\n" + json.dumps({"messages": chat, "answer": "no such answer"}))
-    whole = {"min_tokens": 0, "question_tokens": 64, "num_blocks": 4, "passing": "all"}
+    whole = {"min_tokens": 0, "question_tokens": 64, "block": 128, "anchor": 0, "passing": 128, "selector": "key_diff"}
     options = ["--config", f"whole={json.dumps(whole)}", "--output", str(tmp_path / "out"), "--port", str(next_port())]
     options += ["--max-tokens", "8", "--model", str(plain.model)]
     assert cli.main(["eval", "prompts", str(file), *options, "--", *FLOAT32]) == 0
@@ -62,7 +62,13 @@ def test_an_answer_is_as_likely_as_when_it_was_decoded(plain: Plain, log_dirs: I
         own = decoded["meta_info"]["output_token_logprobs"]
         tokens, report = [entry[1] for entry in own], prefill_report(decoded)
         found = prompts.logprobs_of(url, prompt, tokens, report)
-        exact = prompts.logprobs_of(url, prompt, tokens, {"method": "exact"})
+        custom = {"prefill": {"exact": True}}
+        body = prompts._generate(
+            url, prompt + tokens, 1, custom, return_logprob=True, logprob_start_len=len(prompt) - 1
+        )
+        exact = [entry[0] for entry in body["meta_info"]["input_token_logprobs"][1:]]
+        assert prompts.logprobs_of(url, prompt, tokens, report | {"selector": "query"}) is None
+        assert prompts.logprobs_of(url, prompt, tokens, report | {"anchor": 64}) is None
     assert report["method"] == "apb" and report["attention_share"] < 0.6
-    assert found == pytest.approx([entry[0] for entry in own], abs=1e-3)
+    assert found is not None and found == pytest.approx([entry[0] for entry in own], abs=1e-3)
     assert max(abs(a - b) for a, b in zip(found, exact, strict=True)) > 0.01

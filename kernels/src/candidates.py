@@ -40,14 +40,14 @@ class Candidates:
 
         rows: as `select.select_reference` gives them, of scores [num_blocks, num_kv_heads, max_length].
         """
-        block = self._block_of_selected[:, None]
+        block = self.block_of_selected[:, None]
         place = rows - self.table[:, 0][block]
         head = torch.arange(scores.shape[1], device=scores.device)
         return scores[block, head, place]
 
     @cached_property
-    def _block_of_selected(self) -> torch.Tensor:
-        """int64 [num_selected]"""
+    def block_of_selected(self) -> torch.Tensor:
+        """int64 [num_selected]; made when it is first asked for, by a copy to the device."""
         blocks = [block for block, count in enumerate(self.num_passing) for _ in range(count)]
         return torch.tensor(blocks, dtype=torch.int64, device=self.table.device)
 

@@ -30,6 +30,10 @@ from sglang_apb.rank_group import RankGroup
 WARM_UP_TOKENS = 32768
 
 
+# Of a bounded period's keys while its buffer is made: those before, those that stay, the buffer and the last one's.
+_BOUNDED_COPIES = 4
+
+
 class ApbBackend(PrefillBackend):
     """`replicate_kv`: each of several ranks ends up with all of a prompt's KV, to decode; else with what it owns."""
 
@@ -61,6 +65,7 @@ class ApbBackend(PrefillBackend):
             "num_blocks": plan.num_blocks,
             "anchor": plan.anchor,
             "passing": plan.passing,
+            "selector": self._config.selector,
             "question_tokens": len(plan.question),
             "attention_share": round(plan.attention_share, 4),
         }
@@ -82,7 +87,8 @@ class ApbBackend(PrefillBackend):
         num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
         per_row = self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
         per_question_row = self._row_sizes.partial_bytes_per_question_row(self._group.size)
-        return num_local_rows * per_row + len(plan.question) * per_question_row
+        bounded = plan.num_bounded_keys * self._row_sizes.kv * self._row_sizes.item_bytes
+        return num_local_rows * per_row + len(plan.question) * per_question_row + _BOUNDED_COPIES * bounded
 
     def builds(self) -> Sequence[Build]:
         model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype

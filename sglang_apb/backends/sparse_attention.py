@@ -106,6 +106,8 @@ class SparseAttention:
         ]
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
         self._candidates = self._own_candidates(device)
+        if self._bound.is_needed:
+            _ = self._candidates.block_of_selected
         self._passing_order = self._order_of_passing(device)
         self._seeing = self._groups()
         question = len(layout.question)
@@ -267,16 +269,17 @@ class SparseAttention:
         candidates = self._candidates
         alone = self._group.size == 1
         selected = target if alone else target.new_empty((candidates.num_selected, *target.shape[1:]))
-        chosen_scores = target.new_empty((candidates.num_selected, target.shape[2]), dtype=torch.float32)
+        sent = [selected]
+        if self._bound.is_needed:
+            sent.append(target.new_empty((candidates.num_selected, target.shape[2]), dtype=torch.float32))
         if candidates.num_selected:
             scores = self._selector.score(layer.k, question, candidates, self._kernels)
             rows = self._kernels.select(scores, candidates)
             self._kernels.pack(layer.k, layer.v, rows, selected)
             if self._bound.is_needed:
-                chosen_scores = candidates.scores_of(rows, scores)
-        sent = [selected, chosen_scores] if self._bound.is_needed else [selected]
+                sent[1] = candidates.scores_of(rows, scores)
         if alone:
-            return chosen_scores if self._bound.is_needed else None
+            return sent[1] if self._bound.is_needed else None
         gathered = self._group.gather_together(sent, self._num_selected).wait()
         torch.index_select(gathered[0].flatten(0, 1), 0, self._passing_order, out=target)
         return gathered[1].flatten(0, 1)[self._passing_order] if self._bound.is_needed else None

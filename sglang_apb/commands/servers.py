@@ -270,9 +270,15 @@ def server_group(
     """One `sglang.launch_server`; `ports` has its own and its ranks."""
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--host", HOST]
     command += ["--port", str(ports[name])]
-    if not any(value_of(option, arguments) for option in ("--dp-size", "--data-parallel-size")):  # replicas find theirs
+    if not _has_replicas(arguments):  # which find theirs by themselves
         command += ["--nccl-port", str(ports[f"{name}'s ranks"])]
     return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)
+
+
+def _has_replicas(arguments: Sequence[str]) -> bool:
+    """SGLang takes beginnings of its options' names, too."""
+    names = ("--dp", "--dp-", "--dp-size", "--data-parallel-size")
+    return any(value_of(name, arguments) not in (None, "1") for name in names)
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 from sglang_apb.commands.bench.models import SHAPES
@@ -21,6 +22,15 @@ def count(text: str) -> int:
 def counts(text: str) -> list[int]:
     """Ascending: a length that is too much must not cost the shorter ones."""
     return sorted({count(part) for part in text.split(",")})
+
+
+def choices(text: str, known: Collection[str]) -> list[str]:
+    """Some of `known`, comma-separated, each once; with `known` bound, as argparse's `type`."""
+    chosen = list(dict.fromkeys(text.split(",")))
+    for name in chosen:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+    return chosen
 
 
 def add_in_process_arguments(parser: argparse.ArgumentParser) -> None:

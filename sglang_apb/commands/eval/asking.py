@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import requests
@@ -36,9 +37,13 @@ def ask_all(
             raise
         progress.update()
 
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(questions), desc=name, unit="prompt") as progress:
-        for _ in pool.map(ask_unless_stopped, questions):
-            pass
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        with tqdm(total=len(questions), desc=name, unit="prompt") as progress:
+            for _ in pool.map(ask_unless_stopped, questions):
+                pass
+    finally:  # requests under way end with their server, which is not to wait for them
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def ask(url: str, question: Question) -> Answer:
@@ -73,28 +78,33 @@ def ask(url: str, question: Question) -> Answer:
 
 def stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The events of a streamed answer. Raises CommandError."""
-    try:
-        with requests.post(url, json=body, stream=True, timeout=REQUEST_TIMEOUT_S) as response:
-            _check(url, response)
-            for line in response.iter_lines():
-                data = line.removeprefix(b"data: ")
-                if data and data != b"[DONE]":
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise CommandError(f"{url} answered {event['error']}"[:600])
-                    yield event
-    except requests.RequestException as error:
-        raise CommandError(f"{url} does not answer: {error}") from error
+    with _answering(url), requests.post(url, json=body, stream=True, timeout=REQUEST_TIMEOUT_S) as response:
+        _check(url, response)
+        for line in response.iter_lines():
+            data = line.removeprefix(b"data: ")
+            if data and data != b"[DONE]":
+                event = json.loads(data)
+                if "error" in event:
+                    raise CommandError(f"{url} answered {event['error']}"[:600])
+                yield event
 
 
 def request(method: str, url: str, **kwargs: Any) -> dict[str, Any]:
     """A JSON answer. Raises CommandError."""
-    try:
+    with _answering(url):
         response = requests.request(method, url, timeout=REQUEST_TIMEOUT_S, **kwargs)
+        _check(url, response)
+        return dict(response.json())
+
+
+@contextmanager
+def _answering(url: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # requests' own error for JSON is one of both kinds
+        raise CommandError(f"{url} answered what is no JSON object: {error}") from error
     except requests.RequestException as error:
         raise CommandError(f"{url} does not answer: {error}") from error
-    _check(url, response)
-    return response.json()
 
 
 def _check(url: str, response: requests.Response) -> None:

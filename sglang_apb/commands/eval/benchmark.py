@@ -23,7 +23,7 @@ from sglang_apb.commands.eval.contestants import (
     model_of,
     running,
 )
-from sglang_apb.commands.eval.questions import AnswerFile, Question
+from sglang_apb.commands.eval.questions import AnswerFile, Question, open_answers
 from sglang_apb.commands.eval.scores import Score
 from sglang_apb.commands.eval.summary import Outcome, Summary
 from sglang_apb.commands.report import write_result
@@ -55,15 +55,13 @@ def run(args: argparse.Namespace, name: str, make: Make, rate: Rate) -> int:
     contestants = contestants_of(args)
     check_config_length(args, max(args.lengths))
     model = model_of(args, contestants)
-    files = {
-        each.name: AnswerFile(args.output / "answers" / f"{each.name}.jsonl", each.made_with(args))
-        for each in contestants
-    }
+    made_with = {each.name: each.made_with(args) for each in contestants}
+    files = open_answers(args.output, made_with)
     questions = make(args, model, args.output / "prompts")
     try:
         _ask_missing(args, contestants, questions, files)
     finally:  # what was answered is shown, and kept, whatever happened
-        settings = {"benchmark": name, "contestants": {each.name: each.made_with(args) for each in contestants}}
+        settings = {"benchmark": name, "at_once": args.at_once, "contestants": made_with}
         _report(args.output, model, settings, _outcomes(questions, files, rate))
     return 0
 
@@ -91,13 +89,13 @@ def _ask_wave(
         file = files[contestant.name]
         ask_all(contestant.name, url, file.missing(questions), file, at_once=at_once, stop=stop)
 
-    with ThreadPoolExecutor(len(wave)) as pool:
-        try:
-            for asked in [pool.submit(ask_missing, *each) for each in wave]:
-                asked.result()
-        except BaseException:
-            stop.set()
-            raise
+    pool = ThreadPoolExecutor(len(wave))
+    try:
+        for asked in [pool.submit(ask_missing, *each) for each in wave]:
+            asked.result()
+    finally:  # an interrupt ends the servers at once, and with them what they are asked
+        stop.set()
+        pool.shutdown(wait=False)
 
 
 def _outcomes(questions: Sequence[Question], files: Mapping[str, AnswerFile], rate: Rate) -> list[Outcome]:

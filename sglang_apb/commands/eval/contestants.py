@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from sglang_apb import config
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench.arguments import count
 from sglang_apb.commands.eval.asking import request
-from sglang_apb.commands.servers import LocalServer, num_gpus
+from sglang_apb.commands.eval.templates import config_of
+from sglang_apb.commands.servers import LocalServer, num_gpus, value_of
 from sglang_apb.config import ConfigError
 
 # The contestant that the others are compared with.
@@ -34,11 +37,14 @@ class Contestant:
     config: str | None = None
 
     def made_with(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What its answers depend on; where servers stand and how many are asked at once is not among it."""
+        """What its answers depend on. Raises CommandError when a server does not say."""
         if self.url is not None:
-            return {"url": self.url}
-        model = {"model": Path(args.model).name, "server_args": args.server_args}
-        return model if self.config is None else model | {"config": self.config, "sp_size": args.sp_size}
+            return {"url": self.url, "model": request("GET", f"{self.url}/model_info").get("model_path")}
+        versions = {name: version(name) for name in ("sglang", "sglang-apb")}
+        path = Path(args.model)
+        model = {"model": str(path.resolve()) if path.exists() else args.model, "server_args": args.server_args}
+        ours = {} if self.config is None else {"config": self.config, "sp_size": args.sp_size}
+        return model | ours | versions
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +76,8 @@ def contestants_of(args: argparse.Namespace) -> list[Contestant]:
         if args.config or args.server_args:
             raise CommandError("--url asks servers that run; --config and what follows -- are for servers started here")
         contestants = [Contestant(name, url=url.rstrip("/")) for name, url in args.url]
+    elif value_of("--api-key", args.server_args):
+        raise CommandError("--api-key: servers started here are asked from this machine alone; leave it out")
     elif args.model is None:
         raise CommandError("say which model with --model DIR, or which servers with --url NAME=URL")
     else:
@@ -97,11 +105,12 @@ def running(
     if args.url:
         yield [(contestant, contestant.url or "") for contestant in contestants]
         return
-    at_once = max(num_gpus() // args.sp_size, 1)
+    gpus_each = max(args.sp_size, _gpus_of(args.server_args))
+    at_once = max(num_gpus() // gpus_each, 1)
     for first in range(0, len(contestants), at_once):
         with ExitStack() as stack:
             servers = [
-                (contestant, _server(contestant, args, log_dir, place, first + place))
+                (contestant, _server(contestant, args, log_dir, place * gpus_each, first + place))
                 for place, contestant in enumerate(contestants[first : first + at_once])
             ]
             for contestant, server in servers:
@@ -112,14 +121,25 @@ def running(
             yield [(contestant, server.url) for contestant, server in servers]
 
 
-def _server(contestant: Contestant, args: argparse.Namespace, log_dir: Path, place: int, number: int) -> LocalServer:
-    """On GPUs of its own, and on ports of its own: those of a server that has just ended may still be closing."""
-    arguments = list(args.server_args)
+def _gpus_of(server_args: Sequence[str]) -> int:
+    """Of a server that is started with these."""
+    names = (("--tp-size", "--tensor-parallel-size", "--tp"), ("--pp-size", "--pipeline-parallel-size", "--pp"))
+    sizes = (next(filter(None, (value_of(name, server_args) for name in given)), "1") for given in names)
+    return math.prod(int(size) if size.isdigit() else 1 for size in sizes)
+
+
+def _server(contestant: Contestant, args: argparse.Namespace, log_dir: Path, gpu: int, number: int) -> LocalServer:
+    """From GPU `gpu` on, and on ports of its own: those of a server that has just ended may still be closing.
+
+    Without SGLang's prefix cache: prompts of a task begin alike, exact attention would find most of them there and
+    sparse ones nothing, and times would say so.
+    """
+    arguments = ["--disable-radix-cache", *args.server_args]
     if contestant.config is not None:
         arguments += ["--prefill-backend", "apb", "--sp-size", str(args.sp_size)]
         arguments += ["--prefill-backend-config", contestant.config]
-    if num_gpus():
-        arguments += ["--base-gpu-id", str(place * args.sp_size)]
+    if num_gpus() and value_of("--base-gpu-id", args.server_args) is None:
+        arguments += ["--base-gpu-id", str(gpu)]
     port = args.port + _PORTS * number
     return LocalServer(args.model, port=port, log_dir=log_dir / contestant.name, arguments=arguments)
 
@@ -129,9 +149,7 @@ def check_config_length(args: argparse.Namespace, longest: int) -> None:
     changing = ("--context-length", "--json-model-override-args")
     if args.url or any(argument.startswith(changing) for argument in args.server_args):
         return
-    from transformers import AutoConfig
-
-    limit = getattr(AutoConfig.from_pretrained(args.model), "max_position_embeddings", None)
+    limit = getattr(config_of(args.model), "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise CommandError(
             f"--lengths {longest}: the model takes {limit} tokens; give shorter ones, or after -- what makes it take "
@@ -148,7 +166,10 @@ def check_length(url: str, longest: int) -> None:
 
 def model_of(args: argparse.Namespace, contestants: Sequence[Contestant]) -> str:
     """Where the tokenizer is."""
-    return args.model or request("GET", f"{contestants[0].url}/model_info")["tokenizer_path"]
+    model = args.model or request("GET", f"{contestants[0].url}/model_info").get("tokenizer_path")
+    if not model:
+        raise CommandError(f"{contestants[0].url} does not say where its tokenizer is: give --model")
+    return str(model)
 
 
 def _named(text: str) -> tuple[str, str]:

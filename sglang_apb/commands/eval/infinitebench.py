@@ -2,7 +2,10 @@
 
 passkey, number_string and kv_retrieval are made by the rules of its `construct_synthetic_dataset.py`, math_find and
 code_run by those of the paper (appendix A); each to a length in tokens, where the benchmark has about 100K. With
---data, a folder of its published files (`TASK.jsonl`), prompts of these and of four more tasks are taken from there.
+--data, a folder of its published files (`TASK.jsonl`), prompts of these and of four more tasks are taken from there,
+cut in the middle to the length as the benchmark does. Prompts and scores are after its `prompt.py` and
+`compute_scores.py`, but models may answer in a sentence: answers are longer, and the first letter or the last number
+that stands alone counts.
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench.arguments import choices
 from sglang_apb.commands.eval import benchmark
 from sglang_apb.commands.eval.infinitebench_texts import TEMPLATES, answer_tokens
 from sglang_apb.commands.eval.questions import Question
@@ -49,9 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_questions(args: argparse.Namespace, model: str, folder: Path) -> list[Question]:
-    if args.data is not None:
-        return [question for task in args.tasks for question in _read(args.data, task, args.num_samples)]
     tokenizer, room = tokenizer_of(model), num_template_tokens(model) + _MARGIN
+    if args.data is not None:
+        return [
+            _cut(question, tokenizer, length, length - room - question.max_tokens)
+            for length in args.lengths
+            for task in args.tasks
+            for question in _read(args.data, task, args.num_samples)
+        ]
     return [
         Question(task, length, index, text, answers, answer_tokens(task))
         for length in args.lengths
@@ -69,7 +79,7 @@ def make_questions(args: argparse.Namespace, model: str, folder: Path) -> list[Q
 
 
 def rate(question: Question, text: str) -> float:
-    """As the benchmark's `compute_scores.py`: right or wrong, of a book's question the F1 of the answer's words."""
+    """Right or wrong; of a book's question the F1 of the answer's words."""
     if question.task == "longbook_qa_eng":
         return 100 * max(_f1(_words(text), _words(reference)) for reference in question.references)
     return 100.0 * _RIGHT.get(question.task, _has_word)(text, question.references)
@@ -180,18 +190,22 @@ def _read(folder: Path, task: str, num_samples: int) -> list[Question]:
     path = folder / f"{task}.jsonl"
     if not path.exists():
         raise CommandError(f"{path} does not exist: --data is to be the folder of InfiniteBench's files")
-    questions = []
-    for index, line in enumerate(itertools.islice(path.open(), num_samples)):
-        try:
-            row = json.loads(line)
-            questions.append(_published(task, index, row))
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise CommandError(f"{path}, line {index + 1}: {type(error).__name__} {error}") from error
+    questions: list[Question] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for index, line in enumerate(itertools.islice(file, num_samples)):
+                questions.append(_published(task, index, json.loads(line)))
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise CommandError(f"{path}, line {len(questions) + 1}: {type(error).__name__} {error}") from error
+    if not questions:
+        raise CommandError(f"{path} has no prompts")
     return questions
 
 
 def _published(task: str, index: int, row: dict[str, Any]) -> Question:
     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    if not answers:
+        raise ValueError("answer is empty")
     options = row.get("options") or []
     if task in ("longbook_choice_eng", "code_debug"):  # the option's text; what is wanted is its letter
         answers = ["ABCD"[options.index(answers[0])]]
@@ -201,11 +215,20 @@ def _published(task: str, index: int, row: dict[str, Any]) -> Question:
     return Question(task, 0, index, text, tuple(map(str, answers)), answer_tokens(task))
 
 
+def _cut(question: Question, tokenizer: Any, length: int, num_tokens: int) -> Question:
+    """Its first and its last tokens, where it has more."""
+    ids = tokenizer(question.text).input_ids
+    half, text = num_tokens // 2, question.text
+    if len(ids) > num_tokens:
+        text = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half :])
+    return replace(question, length=length, text=text)
+
+
 # ---- what is right
 
 
 def _first_number(text: str, references: Sequence[str]) -> bool:
-    found = re.search(r"-?\d+(\.\d+)?", text)
+    found = re.search(r"\d+\.\d+|\d+", text)
     return found is not None and found[0] == references[0]
 
 
@@ -215,7 +238,11 @@ def _last_number(text: str, references: Sequence[str]) -> bool:
 
 def _has_word(text: str, references: Sequence[str]) -> bool:
     words = re.sub(r"[\n:\"'.,?!{}]", " ", text).split()
-    return any(reference.upper() in (word.upper() for word in words) for reference in references)
+    return references[0] in words
+
+
+def _has_name(text: str, references: Sequence[str]) -> bool:
+    return _has_word(text.upper(), [references[0].upper()])
 
 
 def _has_letter(text: str, references: Sequence[str]) -> bool:
@@ -228,6 +255,7 @@ _RIGHT: dict[str, Callable[[str, Sequence[str]], bool]] = {
     "number_string": _first_number,
     "math_find": _first_number,
     "code_run": _last_number,
+    "longdialogue_qa_eng": _has_name,
     "longbook_choice_eng": _has_letter,
     "code_debug": _has_letter,
 }
@@ -244,8 +272,4 @@ def _f1(found: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def _tasks(text: str) -> list[str]:
-    tasks = text.split(",")
-    for task in tasks:
-        if task not in TEMPLATES:
-            raise argparse.ArgumentTypeError(f"{task!r} is none of {', '.join(TEMPLATES)}")
-    return tasks
+    return choices(text, TEMPLATES)

@@ -1,4 +1,4 @@
-"""InfiniteBench's prompts for chat models (its src/prompt.py), and how long answers may be (its src/eval_utils.py)."""
+"""Prompts after InfiniteBench's for chat models (its src/prompt.py), and how long answers may be: a sentence."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ Which function has the deliberate error?""")
     + _OPTIONS
     + "\n\nGive me the letter of your answer only.",
 }
-_ANSWER_TOKENS = {"passkey": 6, "number_string": 12, "kv_retrieval": 50, "math_find": 12, "code_run": 60}
+_ANSWER_TOKENS = {"passkey": 24, "number_string": 32, "kv_retrieval": 64, "math_find": 24, "code_run": 64}
 
 
 def answer_tokens(task: str) -> int:

@@ -72,17 +72,28 @@ class AnswerFile:
     def _read(self, made_with: dict[str, Any]) -> None:
         # A line that has no end was being written when the process was killed.
         *lines, unfinished = self.path.read_text().split("\n")
-        if unfinished:
+        if not lines:
+            lines = [json.dumps(made_with)]
+        if unfinished or len(lines) == 1:
             self.path.write_text("".join(f"{line}\n" for line in lines))
-        found = json.loads(lines[0]) if lines else None
+        found = self._parse(1, lines[0])
         if found != made_with:
             raise CommandError(
                 f"{self.path} has answers that were made with {json.dumps(found)}, not with {json.dumps(made_with)}: "
                 "give another --output, or the contestant another name"
             )
-        for line in lines[1:]:
-            answer = Answer(**json.loads(line))
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                answer = Answer(**self._parse(number, line))
+            except TypeError as error:
+                raise CommandError(f"{self.path}, line {number}: {error}") from error
             self._answers[answer.key] = answer
+
+    def _parse(self, number: int, line: str) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise CommandError(f"{self.path}, line {number} is no JSON: {error}") from error
 
     def missing(self, questions: Iterable[Question]) -> list[Question]:
         """Those that are not answered yet."""
@@ -100,3 +111,8 @@ class AnswerFile:
             self._answers[answer.key] = answer
             with self.path.open("a") as file:
                 file.write(json.dumps(asdict(answer)) + "\n")
+
+
+def open_answers(folder: Path, made_with: Mapping[str, Mapping[str, Any]]) -> dict[str, AnswerFile]:
+    """Of each contestant by its name. Raises CommandError."""
+    return {name: AnswerFile(folder / "answers" / f"{name}.jsonl", with_) for name, with_ in made_with.items()}

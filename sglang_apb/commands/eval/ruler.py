@@ -17,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import xxhash
 from tqdm import tqdm
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.bench.arguments import count
+from sglang_apb.commands.bench.arguments import choices, count
 from sglang_apb.commands.eval import benchmark
 from sglang_apb.commands.eval.questions import Question
 from sglang_apb.commands.eval.templates import num_template_tokens
@@ -79,9 +80,11 @@ class _Maker:
     def __init__(self, model: str, folder: Path, seed: int, num_samples: int, num_template_tokens: int):
         self._model, self._folder, self._seed = model, folder, seed
         self._num_samples, self._num_template_tokens = num_samples, num_template_tokens
+        # Another tokenizer makes other prompts of a length.
+        self._measured_by = xxhash.xxh32_hexdigest(f"{model} {num_template_tokens}".encode())
 
     def make(self, task: str, length: int) -> list[dict[str, Any]]:
-        kept = self._folder / f"{task}-{length}-{self._seed}.jsonl"
+        kept = self._folder / f"{task}-{length}-{self._seed}-{self._measured_by}.jsonl"
         if len(rows := _read(kept)) < self._num_samples:
             self._folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=self._folder) as place:
@@ -119,11 +122,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _tasks(text: str) -> list[str]:
-    tasks = text.split(",")
-    for task in tasks:
-        if task not in TASKS:
-            raise argparse.ArgumentTypeError(f"{task!r} is none of RULER's tasks: {', '.join(TASKS)}")
-    return tasks
+    return choices(text, TASKS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -7,9 +7,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# Of the normal distribution, on both sides.
-_Z95 = 1.96
-
 
 @dataclass(frozen=True)
 class Score:
@@ -44,8 +41,11 @@ def mean_score(scores: Iterable[Score]) -> float | None:
 def difference(scores: Sequence[Score], others: Sequence[Score]) -> Difference | None:
     """`scores` minus `others` over the prompts that both have; None without one. Every (task, length) counts alike.
 
-    The variance of a mean of T means of n_t pairs each is sum(s_t^2 / n_t) / T^2.
+    The variance of a mean of T means of n_t pairs each is sum(s_t^2 / n_t) / T^2; its interval is Student's, with the
+    degrees of freedom of Welch and Satterthwaite.
     """
+    from scipy.stats import t as student
+
     points = {(score.task, score.length, score.index): score.points for score in others}
     pairs = [
         Score(score.contestant, score.task, score.length, score.index, score.points - points[key])
@@ -58,8 +58,12 @@ def difference(scores: Sequence[Score], others: Sequence[Score]) -> Difference |
     mean = statistics.fmean(statistics.fmean(group) for group in groups)
     if any(len(group) < 2 for group in groups):
         return Difference(mean, None, len(pairs))
-    variance = sum(statistics.variance(group) / len(group) for group in groups) / len(groups) ** 2
-    return Difference(mean, _Z95 * math.sqrt(variance), len(pairs))
+    parts = [statistics.variance(group) / len(group) for group in groups]
+    if sum(parts) == 0:
+        return Difference(mean, 0.0, len(pairs))
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(group) - 1) for part, group in zip(parts, groups, strict=True))
+    half_width = float(student.ppf(0.975, freedom)) * math.sqrt(sum(parts)) / len(groups)
+    return Difference(mean, half_width, len(pairs))
 
 
 def _groups(scores: Iterable[Score]) -> list[list[float]]:

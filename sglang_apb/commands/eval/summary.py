@@ -45,11 +45,18 @@ class Summary:
         ]
 
     def tables(self) -> str:
-        """A table a length, one of all lengths, and one of what the answers took."""
+        """A table a length, one of all lengths, one of what the answers took, and who has not answered everything."""
         parts = [self._scores_at(length) for length in self.lengths]
         if len(self.lengths) > 1:
             parts.append(self._score_table("all lengths", None, [MEAN]))
-        return "\n\n".join([*parts, self._cost_table()])
+        counts = {name: len(self.scores(name)) for name in self.contestants}
+        missing = [
+            f"- {name} has answered {count} of {max(counts.values())} prompts: means are over what each has answered, "
+            "differences over what both have"
+            for name, count in counts.items()
+            if count < max(counts.values())
+        ]
+        return "\n\n".join([*parts, self._cost_table(), *missing])
 
     def _scores_at(self, length: int) -> str:
         tasks = list(dict.fromkeys(outcome.score.task for outcome in self.outcomes if outcome.score.length == length))
