@@ -10,6 +10,8 @@
 #   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
 #   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation, and a CPU's answers
 #   chats     200 chats with SmolLM2 through a prefill/decode cluster, many at once, against plain SGLang's answers
+#   ruler     RULER with the model in MODEL, at LENGTHS, SAMPLES prompts a task: exact, the defaults, and short fixed
+#             blocks chosen by keys. OUT_DIR/ruler of an earlier run goes on where it ended
 #
 # GPUS is 1 if not set. SHAPE: of ttft and long, llama-3.1-8b if not set; with qwen3-8b on several GPUs plain SGLang's
 # context parallelism is there to compare with. BACKENDS: of plain SGLang, as for `bench ttft`. Servers have SGLang's
@@ -55,6 +57,20 @@ run_chats() {
   step chats 560 python3 benchmarks/cluster_chats.py --model "$MODEL" --sp-size "$gpus" --log-dir "$out/chats" \
     -- --attention-backend flashinfer
 }
+run_ruler() {
+  step ruler "${RULER_SECONDS:-1500}" python3 -m sglang_apb.cli eval ruler --model "$MODEL" --output "$out/ruler" \
+    --lengths "${LENGTHS:-16384,32768}" --num-samples "${SAMPLES:-20}" --at-once 8 \
+    --config 'old={"min_tokens": 0}' \
+    --config 'key_diff={"min_tokens": 0, "block": 2048, "anchor": 512, "passing": 256, "selector": "key_diff"}'
+}
+
+# SGLang imports every model that it knows in every process, for a minute where the disk is slow.
+SGLANG_DISABLED_MODEL_ARCHS=$(python3 -c "
+from importlib.util import find_spec
+from pathlib import Path
+models = Path(find_spec('sglang').origin).parent / 'srt' / 'models'
+print(','.join(sorted({path.stem for path in models.glob('*.py')} - {'llama', 'mistral', 'qwen2', 'qwen3'})))")
+export SGLANG_DISABLED_MODEL_ARCHS
 
 for name in ${@:-ready pytest kernels layer ttft answers chats}; do
   "run_$name"

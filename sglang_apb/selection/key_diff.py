@@ -1,4 +1,4 @@
-"""Selection by keys alone: those least like their block's (measured in docs/quality.md)."""
+"""Selection by keys alone: those least like their block's."""
 
 from __future__ import annotations
 
