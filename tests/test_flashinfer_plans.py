@@ -95,7 +95,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> engine_module.FlashInferEngine:
 
 def error(engine: engine_module.FlashInferEngine, config: ApbConfig, num_layers: int = 1) -> float:
     layout = layout_of(config)
-    attention = SparseAttention(layout, RankGroup(), engine, selection.create("query"), "cpu")
+    attention = SparseAttention(layout, RankGroup(), engine, selection.create(config.selector), "cpu")
     worst = 0.0
     for seed in range(num_layers):
         sequence = random_sequence(layout, seed=seed)
