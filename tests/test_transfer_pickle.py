@@ -29,12 +29,16 @@ ALLOWED = {
     *(("tl", "load"), ("re", "compile")),
 }
 
+# The settings that an installed package brings along, by `safe_load`; nothing that anybody sends.
+READS_YAML = "sglang_apb/commands/eval/ruler.py"
+
 
 def test_no_module_can_run_what_it_is_sent() -> None:
     found = []
     for path in sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if (what := _suspect(node)) is not None:
+            what = _suspect(node)
+            if what is not None and (what, str(path.relative_to(ROOT))) != ("yaml", READS_YAML):
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {what}")
     assert not found, "\n".join(found)
 
