@@ -6,11 +6,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from types import FrameType
 
 from sglang_apb import __version__
-from sglang_apb.commands import CommandError, launch
+from sglang_apb.commands import CommandError, add_modules, launch
 
 COMMANDS = {
     "model": "sglang_apb.commands.model",
@@ -27,12 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of every command; `args.run` is the chosen command's function."""
     parser = argparse.ArgumentParser(prog="sglang-apb", description="Tools around APB prefill for SGLang.")
     parser.add_argument("--version", action="version", version=f"sglang-apb {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, module_name in COMMANDS.items():
-        module = import_module(module_name)
-        command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    add_modules(parser, "command", COMMANDS)
     return parser
 
 

@@ -194,11 +194,18 @@ def test_a_run_goes_on_where_it_was_broken_off(
     assert [(row["length"], row["num_answers"]) for row in costs] == [(256, 3)], "what was measured is kept"
     assert run("--url", url, "--at-once", "1") == 0
     assert len(asked) == 7 and asked[3] == asked[4] and len(set(asked)) == 6
+    assert run("--url", url) == 0, "all is answered, nobody is asked"
+    assert len(asked) == 7
 
 
 def test_a_server_that_is_not_there_is_named(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--url", "apb=http://127.0.0.1:9") == 1
     assert "http://127.0.0.1:9/model_info does not answer" in capsys.readouterr().err
+
+
+def test_a_url_that_is_none_is_named(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--url", "apb=nowhere") == 1
+    assert "nowhere/model_info does not answer: Invalid URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -302,6 +309,16 @@ GOOD, BAD, FEW = "turn it on for these prompts.", "stay with exact attention for
 )
 def test_the_last_sentence_says_whether_to_turn_it_on(rows: list[dict[str, Any]], end: str) -> None:
     assert prompts._verdict("apb", rows).endswith(end)
+
+
+def test_likelihoods_are_told_whatever_the_transfer_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a cluster two prompts of different lengths have different reports."""
+    report = {"method": "apb", "num_blocks": 4, "anchor": 8, "passing": 2, "selector": "key_diff", "question_tokens": 9}
+    meta = {"prefill": report | {"question_tokens": 11, "kv_bytes": 99}}
+    answer = {"meta_info": meta | {"input_token_logprobs": [[None, 3], [-1.0, 4], [-2.0, 5]]}}
+    monkeypatch.setattr(prompts, "_generate", lambda *_, **__: answer)
+    assert prompts.logprobs_of("http://x", [1, 2, 3], [4, 5], report | {"kv_bytes": 77}) == [-1.0, -2.0]
+    assert prompts.logprobs_of("http://x", [1, 2, 3], [4, 5], report | {"anchor": 16}) is None
 
 
 def test_answers_that_were_compared_with_another_one_are_asked_again(tmp_path: Path) -> None:

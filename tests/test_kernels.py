@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,18 @@ def random_question(num_kv_heads: int, head_dim: int) -> torch.Tensor:
     return torch.randn(num_kv_heads, head_dim, generator=torch.Generator().manual_seed(1))
 
 
+def on_all_shapes(test: Callable[..., None]) -> Callable[..., None]:
+    """Of what scores the keys of blocks."""
+    for mark in (
+        pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS),
+        pytest.mark.parametrize(("num_kv_heads", "head_dim"), SHAPES),
+        pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str),
+        on_device,
+    ):
+        test = mark(test)
+    return test
+
+
 class TestQuery:
     def test_reference_is_the_plain_formula(self) -> None:
         """mean over question tokens and grouped heads of q . k, max over 5 neighbours in the block"""
@@ -84,10 +96,7 @@ class TestQuery:
                 torch.testing.assert_close(found[block, :, token - start], wanted, rtol=0, atol=TOLERANCE)
         assert torch.all(found[0, :, 6:] == -torch.inf)
 
-    @on_device
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("num_kv_heads", "head_dim"), SHAPES)
-    @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+    @on_all_shapes
     def test_kernel(
         self, device: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, blocks: list[tuple[int, int]]
     ) -> None:
@@ -132,10 +141,7 @@ class TestKeyDiff:
         keys[4] = torch.tensor([1.0, -1.0, 1.0, -1.0]) / 100
         assert key_diff.key_diff_reference(keys, candidates_of([(0, 9)], 1))[0, 0].argmax() == 4
 
-    @on_device
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize(("num_kv_heads", "head_dim"), SHAPES)
-    @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+    @on_all_shapes
     def test_kernel(
         self, device: str, dtype: torch.dtype, num_kv_heads: int, head_dim: int, blocks: list[tuple[int, int]]
     ) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
+
+from sglang_apb.commands import add_modules
 
 HELP = "measure how fast this is, against plain SGLang on the same machine"
 KINDS = {
@@ -15,13 +16,4 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for name, module_name in KINDS.items():
-        module = import_module(module_name)
-        kind = kinds.add_parser(name, help=module.HELP, description=module.__doc__)
-        module.add_arguments(kind)
-        kind.set_defaults(run_kind=module.run)
-
-
-def run(args: argparse.Namespace) -> int:
-    return args.run_kind(args)
+    add_modules(parser, "kind", KINDS)

@@ -101,10 +101,12 @@ def request(method: str, url: str, **kwargs: Any) -> dict[str, Any]:
 def _answering(url: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:  # requests' own error for JSON is one of both kinds
-        raise CommandError(f"{url} answered what is no JSON object: {error}") from error
-    except requests.RequestException as error:
+    except (requests.JSONDecodeError, json.JSONDecodeError) as error:
+        raise CommandError(f"{url} answered what is no JSON: {error}") from error
+    except requests.RequestException as error:  # a URL that is none, too
         raise CommandError(f"{url} does not answer: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise CommandError(f"{url} answered what is no JSON object: {error}") from error
 
 
 def _check(url: str, response: requests.Response) -> None:

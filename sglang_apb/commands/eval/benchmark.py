@@ -35,20 +35,13 @@ Rate = Callable[[Question, str], float]
 
 
 def add_arguments(parser: argparse.ArgumentParser, name: str, lengths: Sequence[int], num_samples: int) -> None:
-    add_server_arguments(parser)
+    add_server_arguments(parser, name)
     shown = ",".join(map(str, lengths))
     parser.add_argument(
         "--lengths", type=counts, default=list(lengths), help=f"prompt tokens, answers included; {shown} if left out"
     )
     parser.add_argument("--num-samples", type=count, default=num_samples, help="prompts a task and length")
     parser.add_argument("--at-once", type=count, default=4, help="prompts that each server is asked at a time")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("eval") / name,
-        metavar="FOLDER",
-        help="for prompts, answers, result.json and scores.png; a run that finds answers there goes on",
-    )
 
 
 def run(args: argparse.Namespace, name: str, make: Make, rate: Rate) -> int:
@@ -64,6 +57,23 @@ def run(args: argparse.Namespace, name: str, make: Make, rate: Rate) -> int:
         settings = {"benchmark": name, "at_once": args.at_once, "contestants": made_with}
         _report(args.output, model, settings, _outcomes(questions, files, rate))
     return 0
+
+
+def largest(limit: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest count in [0, limit] that fits; None when 0 does not. `fits` must not turn true again.
+
+    From small counts on: of what is far too large nobody wants to count the tokens.
+    """
+    if not fits(0):
+        return None
+    count, step = 0, 1
+    while count + step <= limit and fits(count + step):
+        count, step = count + step, 2 * step
+    while step > 1:
+        step //= 2
+        if count + step <= limit and fits(count + step):
+            count += step
+    return count
 
 
 def _ask_missing(

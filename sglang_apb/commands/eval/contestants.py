@@ -47,7 +47,8 @@ class Contestant:
         return model | ours | versions
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+def add_server_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every kind of evaluation, here `name`, is told alike: whom to ask, and where answers are kept."""
     parser.add_argument("--model", help="model folder or hub name; its tokenizer measures the prompts")
     parser.add_argument(
         "--config",
@@ -67,6 +68,13 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sp-size", type=count, default=1, help="ranks of each APB server started here")
     parser.add_argument("--port", type=count, default=30100, help="of the first server started here; each takes two")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("eval") / name,
+        metavar="FOLDER",
+        help="for answers and what is made of them; a run that finds answers there goes on",
+    )
     parser.add_argument("server_args", nargs="*", metavar="-- ARGS", help="for all servers started here")
 
 
@@ -102,8 +110,9 @@ def running(
 
     Raises CommandError.
     """
-    if args.url:
+    if args.url and contestants:
         yield [(contestant, contestant.url or "") for contestant in contestants]
+    if args.url:
         return
     gpus_each = max(args.sp_size, _gpus_of(args.server_args))
     at_once = max(num_gpus() // gpus_each, 1)
@@ -114,7 +123,8 @@ def running(
                 for place, contestant in enumerate(contestants[first : first + at_once])
             ]
             for contestant, server in servers:
-                print(f"starting the {contestant.name} server, log in {log_dir / contestant.name}", flush=True)
+                log = log_dir / contestant.name
+                print(f"starting the {contestant.name} server, its prefix cache off, log in {log}", flush=True)
                 stack.enter_context(server)
             for _, server in servers:
                 server.wait_ready()

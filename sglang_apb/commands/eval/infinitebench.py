@@ -97,14 +97,9 @@ def _fit(
         def make(size: int, index: int = index) -> tuple[str, tuple[str, ...]]:
             return _MAKERS[task](random.Random(f"{seed}-{task}-{index}"), size, index / max(num_samples - 1, 1))
 
-        size, step = 0, 1
-        while count_tokens(make(size + step)[0]) <= num_tokens:
-            size, step = size + step, 2 * step
-        while step > 1:
-            step //= 2
-            if count_tokens(make(size + step)[0]) <= num_tokens:
-                size += step
-        if size == 0:
+        # Each more is a token at least.
+        size = benchmark.largest(num_tokens, lambda size: size == 0 or count_tokens(make(size)[0]) <= num_tokens)
+        if not size:
             raise CommandError(f"InfiniteBench's {task} does not fit in {num_tokens} tokens: give --lengths more")
         yield make(size)
 

@@ -138,7 +138,7 @@ def build_prompt(length: int, depth: float, seed: str, count_tokens: CountTokens
         question = (QUESTION + ANSWER_START).format(city=city)
         return INTRODUCTION + " ".join(parts) + question
 
-    num_sentences = _largest(len(sentences), lambda count: count_tokens(text_with(count)) <= length)
+    num_sentences = benchmark.largest(len(sentences), lambda count: count_tokens(text_with(count)) <= length)
     if num_sentences is None:
         raise ValueError(f"a needle prompt does not fit in {length} tokens: ask for at least 128")
     text = text_with(num_sentences)
@@ -163,14 +163,3 @@ def _sentences(generator: random.Random) -> Iterator[str]:
         yield f"{subject} {verb} {thing} {circumstance}."
         if generator.random() < 0.3:
             yield generator.choice(_REMARKS)
-
-
-def _largest(limit: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest count in [0, limit] that fits; None when 0 does not. `fits` must not turn true again."""
-    if not fits(0):
-        return None
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low

@@ -43,19 +43,14 @@ NAME = "prompts"
 _TOLERATED = 0.05
 _SHOWN_WIDTH = 40
 _KEYS = ("role", "content")
+# Of a report; what else is in it (the question, the transfer's bytes) differs between two prompts.
+_WHAT_BLOCKS_SEE = ("method", "num_blocks", "anchor", "passing", "selector")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON lines: messages or prompt, perhaps answer")
-    add_server_arguments(parser)
+    add_server_arguments(parser, NAME)
     parser.add_argument("--max-tokens", type=count, default=64, help="of each answer")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("eval") / NAME,
-        metavar="FOLDER",
-        help="for answers and result.json; a run that finds answers there goes on",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -170,8 +165,8 @@ def logprobs_of(url: str, token_ids: list[int], continuation: list[int], report:
     return [entry[0] for entry in body["meta_info"]["input_token_logprobs"][1:]]
 
 
-def _prefilled(report: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in report.items() if key not in ("question_tokens", "attention_share")}
+def _prefilled(report: dict[str, Any]) -> list[Any]:
+    return [report.get(key) for key in _WHAT_BLOCKS_SEE]
 
 
 def _generate(url: str, token_ids: list[int], max_tokens: int, custom: Any = None, **more: Any) -> dict[str, Any]:
