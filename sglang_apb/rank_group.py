@@ -46,7 +46,7 @@ class RankGroup:
         return Pending(gathered.result[0], gathered.works)
 
     def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
-        """The same for several tensors with as many rows, by one collective: a list.
+        """The same for several tensors with as many rows: a list.
 
         Both backends gather equal shapes only.
         """
@@ -58,11 +58,18 @@ class RankGroup:
         sent = [_dense(_with_rows(rows, most)) for rows in parts]
         gathered = [rows.new_empty((self.size, *rows.shape)) for rows in sent]
         targets = [rows.flatten(0, 1) for rows in gathered]
-        if len(sent) == 1:
-            work = dist.all_gather_single(targets[0], sent[0], group=self._group, async_op=True)
-        else:
-            work = self._group.all_gather_single_coalesced(targets, sent)
-        return Pending(gathered, [work])
+        return Pending(gathered, self._gather(targets, sent))
+
+    def _gather(self, targets: list[torch.Tensor], sent: list[torch.Tensor]) -> list[Any]:
+        """By one collective, but on gloo, two threads of which write the name of what they have done to one string:
+        a name as long as that of a coalesced collective corrupts memory (PyTorch 2.14.1, ProcessGroupGloo::runLoop).
+        """
+        if len(sent) > 1 and sent[0].is_cuda:
+            return [self._group.all_gather_single_coalesced(targets, sent)]  # type: ignore[union-attr]
+        return [
+            dist.all_gather_single(target, rows, group=self._group, async_op=True)
+            for target, rows in zip(targets, sent, strict=True)
+        ]
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         """Starts sending `rows` of rank `source` to all; elsewhere `rows` is written over."""
