@@ -24,7 +24,7 @@ os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(
     sorted({path.stem for path in _MODELS.glob("*.py")} - _MODELS_NEEDED)
 )
 
-# `make test` stays under 20 minutes on 2 cores without what other tests show in part.
+# `make test` stays under 30 minutes on 2 cores without what other tests show in part.
 thorough = pytest.mark.skipif(os.environ.get("SGLANG_APB_THOROUGH") != "1", reason="runs with SGLANG_APB_THOROUGH=1")
 
 # Each service gets ports of its own: those of the last one may still be closing.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import next_port
+from preloaded import run_python
 
 PARSE = """
 import sys
@@ -49,9 +49,16 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+LAUNCH = """
+import runpy, sys
+sys.argv = ["sglang.launch_server", *sys.argv[1:]]
+runpy.run_module("sglang.launch_server", run_name="__main__")
+"""
+
+
 def parse(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What SGLang makes of a command line, in a process of its own as hooks stay where they are put."""
-    return subprocess.run([sys.executable, "-c", PARSE, *arguments], capture_output=True, text=True, timeout=300)
+    return run_python(PARSE, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +100,7 @@ def test_a_refused_prompt_reaches_its_sender_on_prefill_servers_only(mode: str, 
 
 
 def test_help_shows_our_options() -> None:
-    command = [sys.executable, "-m", "sglang.launch_server", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
+    text = run_python(LAUNCH, "--help").stdout
     for word in (
         "--prefill-backend {apb}",
         "--sp-size",
@@ -107,9 +113,8 @@ def test_help_shows_our_options() -> None:
 
 
 def test_sglang_serve_knows_our_options(model: str) -> None:
-    serve = [sys.executable, "-c", "from sglang.cli.main import main; main()", "serve", "--model-path", model]
-    command = [*serve, "--prefill-backend", "apb", "--sp-size", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    serve = "from sglang.cli.main import main; main()"
+    ended = run_python(serve, "serve", "--model-path", model, "--prefill-backend", "apb", "--sp-size", "0")
     assert ended.returncode != 0
     assert "--sp-size must be at least 1, not 0" in ended.stderr
 
@@ -185,8 +190,7 @@ def refusals(model: str, gemma: str) -> list[tuple[int, str]]:
 
 def resolve(lines: list[list[str]], **environment: str) -> list[tuple[int, str]]:
     """Exit status and standard error of each command line."""
-    command = [sys.executable, "-c", REFUSE, json.dumps(lines)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    ended = run_python(REFUSE, json.dumps(lines), **environment)
     said = [line.removeprefix("REFUSED ") for line in ended.stdout.splitlines() if line.startswith("REFUSED ")]
     return [tuple(json.loads(line)) for line in said]
 
@@ -263,16 +267,12 @@ ANOTHER_SGLANG = """
 import importlib.metadata, sys
 real = importlib.metadata.version
 importlib.metadata.version = lambda name: "0.5.24" if name == "sglang" else real(name)
-sys.argv = ["sglang.launch_server", *sys.argv[1:]]
-import runpy
-runpy.run_module("sglang.launch_server", run_name="__main__")
 """
 
 
 def test_another_sglang_is_refused_in_one_sentence_before_any_patch(model: str) -> None:
     """From 0.5.20 on a hook on `ServerArgs.__init__` was accepted and never ran: every prompt would have run exact."""
-    command = [sys.executable, "-c", ANOTHER_SGLANG, "--model-path", model, *APB]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    ended = run_python(ANOTHER_SGLANG + LAUNCH, "--model-path", model, *APB)
     assert ended.returncode == 2
     assert "sglang-apb knows SGLang 0.5.23 and no other, and 0.5.24 is installed" in ended.stderr
     assert "unrecognized arguments: --prefill-backend apb" in ended.stderr and "Traceback" not in ended.stderr
