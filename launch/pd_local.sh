@@ -4,11 +4,11 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-check='import importlib.util, sys, sglang_apb.commands.launch; sys.exit(not importlib.util.find_spec("sglang"))'
+check='import importlib.util, sys, sglang_apb.cli; sys.exit(not importlib.util.find_spec("sglang"))'
 for python in "${PYTHON:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
   # A Python started in this folder finds sglang_apb without having what it needs.
   if [ -n "$python" ] && "$python" -c "$check" 2>/dev/null; then
-    exec "$python" -m sglang_apb.commands.launch "$@"
+    exec "$python" -m sglang_apb.cli launch "$@"
   fi
 done
 echo "pd_local.sh: found no Python with sglang-apb: run 'pip install sglang-apb', or name one with PYTHON=..." >&2

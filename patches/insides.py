@@ -272,7 +272,7 @@ def bootstrap_queue_of(scheduler: Any) -> Any:
 
 def sending_of(bootstrap_queue: Any) -> Any:
     """Our transfer's endpoint on this prefill rank."""
-    return bootstrap_queue.kv_manager.sending
+    return bootstrap_queue.kv_manager.prefill_endpoint
 
 
 def decode_transfer_of(scheduler: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
-from sglang_apb.transfer.layer_stream import LayerStream
+from sglang_apb.transfer.prefill.layer_stream import LayerStream
 
 
 def layer_stream(batch: Any) -> LayerStream | None:

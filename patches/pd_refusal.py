@@ -4,7 +4,7 @@ once, and waits for both. Of a prompt that one of them refuses, or never hears o
 
     refused at a door                   it tells the schedulers, on the way that aborts take, and they the other server
     refused in prefill's scheduler      it gets a sender all the same, which tells decode
-    not heard of by prefill             the transfer counts its time while the scheduler takes them in (`sending.py`)
+    not heard of by prefill             the transfer counts its time while the scheduler takes them in (its endpoint)
 
 SGLang's registry puts a hook wherever the function was imported, in decode's module too: a decode server must keep its
 own. Official point tried: none is asked before the prompt is dropped.

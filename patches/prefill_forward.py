@@ -17,7 +17,7 @@ from sglang_apb.patches import insides, last_layer, pd_prefill
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config, metrics, requests
-from sglang_apb.transfer.config import BACKEND
+from sglang_apb.transfer.protocol.config import BACKEND
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from sglang_apb.patches.row_chunks import CHUNK_ROWS
 
 from sglang_apb import capacity
 from sglang_apb.backends.activations import RowSizes
-from sglang_apb.capacity import Room
+from sglang_apb.capacity import Space
 
 logger = logging.getLogger(__name__)
 
 
-def _leave_room(available_bytes: int, configurator: Any, pre_model_load_memory: float) -> int:
-    """A smaller pool where activations need the room. Free memory is asked for as SGLang does, on all ranks."""
+def _leave_space(available_bytes: int, configurator: Any, pre_model_load_memory: float) -> int:
+    """A smaller pool where activations need the space. Free memory is asked for as SGLang does, on all ranks."""
     from sglang.srt.utils import get_available_gpu_memory
 
     server_args = configurator.server_args
@@ -68,19 +68,19 @@ def _with_limit(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     runner = worker.model_runner
     backend = backend_of(runner)
     _warm_up(runner)
-    runner.activation_room = _activation_bytes(runner)
-    room = Room(runner.max_total_num_tokens, runner.page_size, activation_room(runner))
-    largest = capacity.largest_prompt(backend, room)
+    runner.activation_space = _activation_bytes(runner)
+    space = Space(runner.max_total_num_tokens, runner.page_size, activation_space(runner))
+    largest = capacity.largest_prompt(backend, space)
     longest = worker.model_config.context_len - 1
     max_req_len = min(longest if backend.keeps_parts else info[4], largest + 6)
     if insides.is_first_rank():
-        logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, room, largest))
+        logger.info("Prompts of up to %d tokens fit%s.", min(largest, max_req_len - 6), _why(backend, space, largest))
     return (*info[:4], max_req_len, max_req_len - 5, *info[6:])
 
 
-def activation_room(runner: Any) -> int | None:
+def activation_space(runner: Any) -> int | None:
     """Bytes that a prompt's rows may take on any rank, as it was when the server started; None on a CPU."""
-    return getattr(runner, "activation_room", None)
+    return getattr(runner, "activation_space", None)
 
 
 def _warm_up(runner: Any) -> None:
@@ -97,8 +97,8 @@ def _warm_up(runner: Any) -> None:
         logger.info("Sparse attention is ready: %.1f s.", time.perf_counter() - started)
 
 
-def _why(backend: Any, room: Room, largest: int) -> str:
-    in_slots = capacity.largest_prompt(backend, Room(room.num_slots, room.page_size))
+def _why(backend: Any, space: Space, largest: int) -> str:
+    in_slots = capacity.largest_prompt(backend, Space(space.num_slots, space.page_size))
     kept = "each rank keeps the KV it owns" if backend.keeps_parts else "each rank keeps all KV"
     return f" ({kept}: slots for {in_slots}{'' if largest == in_slots else ', activations for fewer'})"
 
@@ -120,7 +120,7 @@ PATCHES = (
         "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes",
         "after",
         ("self", "pre_model_load_memory"),
-        _leave_room,
+        _leave_space,
     ),
     Patch("sglang.srt.managers.tp_worker.TpModelWorker.get_worker_info", "after", ("self",), _with_limit),
 )

@@ -9,11 +9,11 @@ from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
+from sglang_apb import installing
+
 
 def _install(server_args: Any, *_: Any, **__: Any) -> None:
-    from sglang_apb import plugin
-
-    plugin.install(server_args)
+    installing.install(server_args)
 
 
 PATCHES = (Patch("sglang.srt.managers.scheduler.configure_scheduler_process", "before", None, _install),)

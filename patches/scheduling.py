@@ -68,14 +68,14 @@ def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
 
 
 def _find_lack_of_memory(runner: Any, num_tokens: int, num_bytes: int) -> str:
-    """A sentence when a GPU has no room for the prompt's rows; `question_tokens` makes a prompt larger than others of
+    """A sentence when a GPU has no space for the prompt's rows; `question_tokens` makes a prompt larger than others of
     its length, which were compared when the server started.
     """
-    room = prompt_memory.activation_room(runner)
-    if room is None or num_bytes <= room:
+    space = prompt_memory.activation_space(runner)
+    if space is None or num_bytes <= space:
         return ""
     return (
-        f"The prompt of {num_tokens} tokens takes {num_bytes / 1e9:.1f} GB of a GPU that has {room / 1e9:.1f} GB for "
+        f"The prompt of {num_tokens} tokens takes {num_bytes / 1e9:.1f} GB of a GPU that has {space / 1e9:.1f} GB for "
         f"it: give a shorter prompt, or fewer question_tokens."
     )
 
@@ -83,7 +83,7 @@ def _find_lack_of_memory(runner: Any, num_tokens: int, num_bytes: int) -> str:
 def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None) -> str:
     """A sentence when the prompt can never have its KV slots: SGLang's own check knows one number for all prompts."""
     num_slots = scheduler.max_total_num_tokens
-    if capacity.Room(num_slots, scheduler.page_size).fits(num_tokens if kept is None else kept.num_slots):
+    if capacity.Space(num_slots, scheduler.page_size).fits(num_tokens if kept is None else kept.num_slots):
         return ""
     return (
         f"The prompt of {num_tokens} tokens does not fit in the {num_slots} KV slots of a rank: exact attention keeps "

@@ -18,6 +18,7 @@ from typing import Any
 from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch, PatchError
 
+from sglang_apb import installing
 from sglang_apb import options as options_module
 from sglang_apb.options import PluginOptions
 from sglang_apb.settings import ConfigError
@@ -66,9 +67,7 @@ def _check_and_install(server_args: Any, previous: Step) -> None:
         if options_module.uses_transfer(view):
             options_module.check_transferable(view, insides.model_config_of(server_args))
         options_module.check_transfer(view, options)
-        from sglang_apb import plugin
-
-        plugin.install(server_args)
+        installing.install(server_args)
 
 
 def _add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sglang_apb.patches._patch import Patch
 
-from sglang_apb.transfer.config import BACKEND
+from sglang_apb.transfer.protocol.config import BACKEND
 
 _MODULE = "sglang.srt.disaggregation"
 _public_key = ""
@@ -47,10 +47,10 @@ def _find_class(original: Callable[..., Any], transfer_backend: Any, class_type:
     from sglang.srt.disaggregation.base import KVArgs
     from sglang.srt.disaggregation.utils import KVClassType
 
-    from sglang_apb.transfer.bootstrap import ZmqKVBootstrapServer
-    from sglang_apb.transfer.manager import ZmqKVManager
-    from sglang_apb.transfer.receiver import ZmqKVReceiver
-    from sglang_apb.transfer.sender import ZmqKVSender
+    from sglang_apb.transfer.sglang.bootstrap import ZmqKVBootstrapServer
+    from sglang_apb.transfer.sglang.manager import ZmqKVManager
+    from sglang_apb.transfer.sglang.receiver import ZmqKVReceiver
+    from sglang_apb.transfer.sglang.sender import ZmqKVSender
 
     return {
         KVClassType.KVARGS: KVArgs,

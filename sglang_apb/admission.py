@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sglang_apb import stop_patterns
-from sglang_apb.transfer.room_number import ROOMS
+from sglang_apb.transfer.protocol.room_number import ROOMS
 
 # What SGLang's buffers between prefill and decode hold of a first token (disaggregation/utils.py, MetadataBuffers).
 MAX_LOGPROBS_DISAGGREGATED = 128

@@ -15,7 +15,7 @@ STARTING_BYTES = 9 << 28
 
 
 @dataclass(frozen=True)
-class Room:
+class Space:
     """What one rank has for a prompt. `activation_bytes` None: nothing is known, and nothing checked."""
 
     num_slots: int
@@ -30,29 +30,29 @@ class Room:
         return num_kept + 1 + self.page_size < self.num_slots
 
 
-def largest_prompt(backend: PrefillBackend, room: Room) -> int:
-    """Tokens of the longest prompt that ranks with `room` each take; 0 when none does.
+def largest_prompt(backend: PrefillBackend, space: Space) -> int:
+    """Tokens of the longest prompt that ranks with `space` each take; 0 when none does.
 
     A few shorter ones may not fit all the same: what the largest rank owns grows by whole pages.
     """
-    low, high = 0, max(room.num_slots, 1)
-    while _prompt_fits(backend, high, room):
+    low, high = 0, max(space.num_slots, 1)
+    while _prompt_fits(backend, high, space):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _prompt_fits(backend, middle, room) else (low, middle)
+        low, high = (middle, high) if _prompt_fits(backend, middle, space) else (low, middle)
     return low
 
 
-def _prompt_fits(backend: PrefillBackend, num_tokens: int, room: Room) -> bool:
+def _prompt_fits(backend: PrefillBackend, num_tokens: int, space: Space) -> bool:
     try:
         plan = backend.plan(num_tokens, Wish())
     except LayoutError:
         return True  # too short to be laid out
     kept = backend.kept_tokens(plan)
-    if not room.fits(num_tokens if kept is None else kept.num_slots):
+    if not space.fits(num_tokens if kept is None else kept.num_slots):
         return False
-    return room.activation_bytes is None or backend.activation_bytes(plan) <= room.activation_bytes
+    return space.activation_bytes is None or backend.activation_bytes(plan) <= space.activation_bytes
 
 
 def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: int, num_longest: int) -> int:

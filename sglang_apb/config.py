@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_apb import settings
-from sglang_apb.selection import SELECTORS
+from sglang_apb.selection.table import SELECTORS
 from sglang_apb.settings import ConfigError, check_choice, check_int, setting
 
 OPTION = "--prefill-backend-config"

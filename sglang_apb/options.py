@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_apb import attention, backends, config, settings
-from sglang_apb.transfer import hosts, keys
-from sglang_apb.transfer.config import BACKEND, TransferConfig
-from sglang_apb.transfer.config import OPTION as TRANSFER_OPTION
+from sglang_apb.transfer.protocol import hosts, keys
+from sglang_apb.transfer.protocol.config import BACKEND, TransferConfig
+from sglang_apb.transfer.protocol.config import OPTION as TRANSFER_OPTION
 
 _NO_PLUGINS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "tokenizer_worker_num": ((1,), "--tokenizer-worker-num", "its processes load no plugins"),

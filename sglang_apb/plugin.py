@@ -1,17 +1,12 @@
-"""What SGLang finds when sglang-apb is installed, and what each option adds. A table of contents of `patches/`.
+"""What SGLang finds when sglang-apb is installed. It calls `register` in every process, before it reads options.
 
-Stage 1, `register`: SGLang calls it in every process before it reads its command line. It adds our options
-and two steps to their resolution; nothing else of SGLang is touched. On another SGLang than the known one it does
-nothing and says so.
-Stage 2, `install`: called once the server's arguments are known, in the parent and in every rank process,
-and only when an option of ours is used. `patches/last_layer.py` hooks a module of the loaded model, not a
-function; `patches/prefill_forward.py` installs it with the prefill backend.
+That adds our options and two steps to their resolution; nothing else of SGLang is touched. On another SGLang than the
+known one it does nothing and says so. What options ask for is applied later: `installing.py`.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -32,57 +27,3 @@ def register() -> None:
     transfer_backend.register_choice()
     server_args.register_steps()
     _patch.apply((*server_args.PATCHES, *scheduler_process.PATCHES))
-
-
-def install(server_args: Any) -> None:
-    """Applies the patches that `server_args` asks for. Raises PatchError when SGLang is not the known one."""
-    from sglang_apb.patches import _patch
-
-    _patch.apply(_wanted_patches(server_args))
-
-
-def _wanted_patches(server_args: Any) -> list[Any]:
-    from sglang_apb.patches import (
-        answer_metadata,
-        insides,
-        kv_ownership,
-        model_parallel,
-        pd_decode,
-        pd_prefill,
-        pd_prompt,
-        pd_refusal,
-        portable_cpu,
-        prefill_forward,
-        prompt_memory,
-        request_checks,
-        row_chunks,
-        scheduling,
-        transfer_backend,
-    )
-    from sglang_apb.platform import is_portable_cpu
-    from sglang_apb.transfer import keys as transfer_keys
-
-    options, server_args = insides.options_of(server_args), insides.resolved(server_args)
-    our_transfer = server_args.disaggregation_transfer_backend == transfer_backend.BACKEND
-    wanted: list[Any] = []
-    if is_portable_cpu():
-        wanted += portable_cpu.PATCHES
-    if options.is_set:
-        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *prompt_memory.PATCHES, *row_chunks.PATCHES)
-    if options.sp_size > 1:
-        wanted += model_parallel.PATCHES
-    if our_transfer:
-        wanted += (*transfer_backend.PATCHES, *pd_prompt.PATCHES, *pd_refusal.PATCHES)
-        if server_args.disaggregation_mode == "prefill":
-            wanted += pd_refusal.PREFILL_PATCHES
-        keys = transfer_keys.load(options.transfer())
-        transfer_backend.use_key(keys.public if keys else "")
-    if options.is_set and server_args.disaggregation_mode == "prefill":
-        wanted += pd_prefill.PATCHES
-        if our_transfer and options.sp_size > 1:
-            wanted += kv_ownership.PATCHES
-    if our_transfer and server_args.disaggregation_mode == "decode":
-        wanted += pd_decode.PATCHES
-    if options.is_set or our_transfer:
-        wanted += (*request_checks.PATCHES, *answer_metadata.PATCHES)
-    return wanted

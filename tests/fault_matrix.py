@@ -56,7 +56,7 @@ from test_server_faults import PROMISE_S, schedulers
 from transfer_peers import wait_for
 
 from sglang_apb.commands.servers import HOST, LocalCluster
-from sglang_apb.transfer import keys
+from sglang_apb.transfer.protocol import keys
 
 FIRST_PORT = 31800
 NUM_LAYERS = 12

@@ -21,11 +21,11 @@ import psutil
 from hostile import FRAMES, FakeDecode, FakePrefill
 from transfer_peers import Cluster, Tubes, asked, cluster, received, rows, send_owned, wait_for
 
-from sglang_apb.transfer.inbox import ReceiveState
+from sglang_apb.transfer.decode.request import RequestState
 
 A_ROUND = 1000
 # Python keeps some of what it took; a leak of 400 bytes a frame would show in 100,000 frames.
-# What is kept of requests that are not known is bounded (early.py), and the allocator keeps some.
+# What is kept of requests that are not known is bounded (prefill/notices.py), and the allocator keeps some.
 MAX_GROWTH_MIB = 64
 HONEST = np.arange(400, 420)
 
@@ -44,17 +44,17 @@ def decode_side(num_frames: int, seed: int) -> Report:
     """A prefill rank that a decode server asks for KV sends anything but that."""
 
     def attack(peers: Cluster, prefill: FakePrefill, rng: random.Random, report: Report, count: int) -> None:
-        room = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
-        _, attempt = prefill.wait_for_ask(room.attempt)
+        request = peers.receiver.open(1, [prefill.address], np.arange(8), 0)
+        _, attempt = prefill.wait_for_ask(request.attempt)
         for _ in range(count):
             prefill.send(_next(rng, 1, attempt, report))
         prefill.send([b"x" * (64 << 20)])  # larger than any frame: ZMQ closes the connection
-        assert wait_for(lambda: room.state is not ReceiveState.RECEIVING), "a hostile request goes on for ever"
-        assert room.state is ReceiveState.FAILED, "complete, although nothing right was sent"
+        assert wait_for(lambda: request.state is not RequestState.RECEIVING), "a hostile request goes on for ever"
+        assert request.state is RequestState.FAILED, "complete, although nothing right was sent"
         assert not any(rows(peers.aux, [0])), "a first token from nowhere"
         # The room may have failed before that last frame came: the next one needs a connection of its own.
         assert wait_for(lambda: prefill.address not in peers.receiver._peers), "a hostile rank's connection stays"
-        peers.receiver.close(room)
+        peers.receiver.close(request)
 
     with cluster(tubes=Tubes()) as peers, FakePrefill() as prefill:
         return _run(peers, num_frames, seed, lambda *rest: attack(peers, prefill, *rest))
@@ -90,13 +90,13 @@ def _run(peers: Cluster, num_frames: int, seed: int, attack: Callable[[random.Ra
 
 
 def serve_honest(peers: Cluster, room_id: int) -> None:
-    decode, room = peers.ask(room_id, HONEST), peers.senders[0].open(room_id)
-    assert asked(room), "the prefill thread does not hear an honest ask"
-    send_owned(peers.senders[0], room, HONEST - 400, [(0, 20)], 1)
+    decode, transfer = peers.ask(room_id, HONEST), peers.senders[0].open(room_id)
+    assert asked(transfer), "the prefill thread does not hear an honest ask"
+    send_owned(peers.senders[0], transfer, HONEST - 400, [(0, 20)], 1)
     assert received(decode), f"an honest request failed: {decode.reason}"
     assert rows(peers.pool, HONEST) == rows(peers.pools[0], HONEST - 400), "an honest request got wrong bytes"
     peers.receiver.close(decode)
-    peers.senders[0].close(room)
+    peers.senders[0].close(transfer)
 
 
 def _next(rng: random.Random, room: int, attempt: int, report: Report) -> list:

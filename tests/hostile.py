@@ -11,9 +11,10 @@ import numpy as np
 import zmq
 from transfer_peers import AUX_LENS, COMPAT, ITEM_LENS, Cluster
 
-from sglang_apb.transfer import wire
-from sglang_apb.transfer.exchange import MIN_SLOT_BYTES
-from sglang_apb.transfer.wire import Announce, Ask, Block, End, Join, Kind, Stop
+from sglang_apb.transfer.planes.cuda_ipc.halves import pack_page_ids
+from sglang_apb.transfer.planes.nccl.channels import MIN_SLOT_BYTES, Join, pack_fetch
+from sglang_apb.transfer.protocol import wire
+from sglang_apb.transfer.protocol.wire import Announce, Ask, Block, End, Kind, Stop
 
 SLOTS = (0, MIN_SLOT_BYTES, 2**62)
 
@@ -56,13 +57,13 @@ class FakePrefill:
         """Room and attempt of the next ASK, or of the one with `attempt`."""
         while True:
             assert self.socket.poll(5000)
-            self.identity, *parts = self.socket.recv_multipart()
+            self.peer, *parts = self.socket.recv_multipart()
             frame = wire.parse(parts)
             if frame.kind is Kind.ASK and attempt in (None, frame.attempt):
                 return frame.room, frame.attempt
 
     def send(self, parts: Parts) -> None:
-        self.socket.send_multipart([self.identity, *(parts or [b""])])
+        self.socket.send_multipart([self.peer, *(parts or [b""])])
 
 
 def honest_frames(room: int, attempt: int, pool_seed: int = 1) -> list[Parts]:
@@ -128,12 +129,12 @@ def other_ways(rng: random.Random, room: int, attempt: int) -> Parts:
     ids = np.array([rng.choice((0, 499, 500, 2**32 - 1)) for _ in range(8)], np.int64)
     return rng.choice(
         (
-            wire.pack(Kind.OFFER, room, attempt, block.pack(), wire.pack_page_ids(ids)),
+            wire.pack(Kind.OFFER, room, attempt, block.pack(), pack_page_ids(ids)),
             wire.pack(Kind.READY, room, attempt, block.pack()),
-            wire.pack(Kind.FETCH, room, attempt, wire.pack_fetch(block, rng.choice((0, 1, 2**26, 2**63)))),
+            wire.pack(Kind.FETCH, room, attempt, pack_fetch(block, rng.choice((0, 1, 2**26, 2**63)))),
             wire.pack(Kind.KEPT, room, attempt),
-            wire.pack_message(Join(gpu=rng.choice(("", "mine")), slot_bytes=rng.choice(SLOTS)), room, attempt),
-            wire.pack_message(Join(unique_id=rng.randbytes(128), slot_bytes=rng.choice(SLOTS)), room, attempt),
+            Join(gpu=rng.choice(("", "mine")), slot_bytes=rng.choice(SLOTS)).pack(),
+            Join(unique_id=rng.randbytes(128), slot_bytes=rng.choice(SLOTS)).pack(),
         )
     )
 

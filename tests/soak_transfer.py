@@ -23,14 +23,24 @@ from typing import Any
 
 import numpy as np
 import psutil
-from transfer_peers import AUX_LENS, COMPAT, HEADS, NUM_LAYERS, NUM_POOL_PAGES, make_pages, rows, send_owned
+from transfer_peers import (
+    AUX_LENS,
+    COMPAT,
+    HEADS,
+    NUM_LAYERS,
+    NUM_POOL_PAGES,
+    decode_endpoint,
+    make_pages,
+    rows,
+    send_owned,
+    start_sending,
+)
 
-from sglang_apb.transfer.hosts import Address
-from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
-from sglang_apb.transfer.outbox import SendRoom, SendState
-from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.receiving import ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.decode.request import DecodeRequest, RequestState
+from sglang_apb.transfer.memory.pages import HostPages
+from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
+from sglang_apb.transfer.prefill.transfer import Transfer, TransferState
+from sglang_apb.transfer.protocol.hosts import Address
 
 NUM_PREFILL, NUM_DECODE, NUM_AT_ONCE = 4, 2, 8
 PAGES_A_REQUEST = 40
@@ -77,37 +87,37 @@ class Left:
 
 
 def prefill(pipe: Connection, seed: int) -> None:
-    sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(make_pages(seed), make_pages(seed, AUX_LENS, 8), COMPAT, HEADS)
+    sender = PrefillEndpoint("127.0.0.1")
+    start_sending(sender, make_pages(seed), make_pages(seed, AUX_LENS, 8), COMPAT, HEADS)
     pipe.send(Address("127.0.0.1", sender.port))
-    rooms: dict[int, tuple[SendRoom, Job, float]] = {}
+    transfers: dict[int, tuple[Transfer, Job, float]] = {}
     sent: set[int] = set()
     while True:
         if pipe.poll(_POLL_S):
             job = pipe.recv()
             if job is None:
-                pipe.send(Left.here(len(sender.rooms)))
+                pipe.send(Left.here(len(sender.transfers)))
             else:
-                rooms[job.room] = (sender.open(job.room), job, time.monotonic())
-        for room, job, opened in list(rooms.values()):
-            if room.state is SendState.ASKED and room.room not in sent:
-                sent.add(room.room)
-                _send(sender, room, job, seed)
-            was_left_alone = not room.identity and time.monotonic() - opened > CONTACT_S
-            if was_left_alone or room.state in (SendState.DONE, SendState.FAILED):
-                sender.close(room)
-                del rooms[room.room]
-                pipe.send(Ended(room.room, room.state is SendState.DONE, room.reason))
+                transfers[job.room] = (sender.open(job.room), job, time.monotonic())
+        for transfer, job, opened in list(transfers.values()):
+            if transfer.state is TransferState.ASKED and transfer.room not in sent:
+                sent.add(transfer.room)
+                _send(sender, transfer, job, seed)
+            was_left_alone = not transfer.peer and time.monotonic() - opened > CONTACT_S
+            if was_left_alone or transfer.state in (TransferState.DONE, TransferState.FAILED):
+                sender.close(transfer)
+                del transfers[transfer.room]
+                pipe.send(Ended(transfer.room, transfer.state is TransferState.DONE, transfer.reason))
 
 
-def _send(sender: SendingEndpoint, room: SendRoom, job: Job, seed: int) -> None:
+def _send(sender: PrefillEndpoint, transfer: Transfer, job: Job, seed: int) -> None:
     start = 0
     for rank, (_, owner, ids) in enumerate(job.sources):
         if owner == seed:
             everywhere = np.zeros(start + len(ids), np.int64)
             everywhere[start:] = ids
             owned = [(start, start + len(ids))]
-            send_owned(sender, room, everywhere, owned, 0 if rank == 0 else None, num_layers=NUM_LAYERS)
+            send_owned(sender, transfer, everywhere, owned, 0 if rank == 0 else None, num_layers=NUM_LAYERS)
         start += len(ids)
 
 
@@ -115,30 +125,30 @@ def decode(pipe: Connection, seed: int) -> None:
     pool = make_pages(None)
     for buffer in pool._rows:
         buffer[:] = _UNUSED
-    receiver = ReceivingEndpoint(pool, make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
+    receiver = decode_endpoint(pool, make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
     receiver.start()
     pipe.send(None)
-    rooms: dict[int, tuple[ReceiveRoom, Job]] = {}
+    requests: dict[int, tuple[DecodeRequest, Job]] = {}
     while True:
         if pipe.poll(_POLL_S):
             job = pipe.recv()
             if job is None:
-                pipe.send(Left.here(len(receiver._rooms)))
+                pipe.send(Left.here(len(receiver._requests)))
             else:
                 addresses = [address for address, _, _ in job.sources]
-                rooms[job.room] = (receiver.open(job.room, addresses, np.array(job.target), 0), job)
-        for room, job in list(rooms.values()):
-            if room.state is not ReceiveState.RECEIVING:
-                receiver.close(room)
-                del rooms[job.room]
-                pipe.send(_judge(room, job, pool))
+                requests[job.room] = (receiver.open(job.room, addresses, np.array(job.target), 0), job)
+        for request, job in list(requests.values()):
+            if request.state is not RequestState.RECEIVING:
+                receiver.close(request)
+                del requests[job.room]
+                pipe.send(_judge(request, job, pool))
 
 
-def _judge(room: ReceiveRoom, job: Job, pool: HostPages) -> Ended:
+def _judge(request: DecodeRequest, job: Job, pool: HostPages) -> Ended:
     """What came, after the room was closed: nothing may be written any more. The pages are marked as unused again."""
     found = rows(pool, job.target)
-    is_whole = room.state is ReceiveState.COMPLETE
-    reason = room.reason
+    is_whole = request.state is RequestState.COMPLETE
+    reason = request.reason
     if is_whole and found != _wanted(job):
         reason = "WRONG BYTES"
     time.sleep(_POLL_S)

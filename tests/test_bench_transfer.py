@@ -10,7 +10,7 @@ import pytest
 from sglang_apb import cli
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import transfer, transfer_peers
-from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
+from sglang_apb.commands.bench.transfer_prompts import RAW, Prompt, Time
 
 SMALL = Prompt("small, 300 tokens", num_buffers=4, item_len=64, num_tokens=300)
 

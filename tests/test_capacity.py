@@ -13,7 +13,7 @@ from tiny_models import llama_8b
 from sglang_apb import capacity
 from sglang_apb.backends.activations import RowSizes
 from sglang_apb.backends.base import KeptTokens, Wish
-from sglang_apb.capacity import Room
+from sglang_apb.capacity import Space
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
 from sglang_apb.requests import Notes
@@ -79,18 +79,18 @@ def test_more_own_tokens_than_slots_is_a_mistake() -> None:
 def test_r_ranks_hold_r_times_the_prompt(num_ranks: int, page_size: int) -> None:
     num_slots = 50_000
     server = backend(num_ranks, page_size, ApbConfig(num_blocks=2 * num_ranks))
-    room = Room(num_slots, page_size)
-    largest = capacity.largest_prompt(server, room)
+    space = Space(num_slots, page_size)
+    largest = capacity.largest_prompt(server, space)
     assert 0.98 * num_ranks * num_slots < largest < num_ranks * num_slots
     kept = [kept_by(server.plan(largest + more, Wish()), 0).num_slots for more in (0, 1)]
-    assert [room.fits(slots) for slots in kept] == [True, False]
+    assert [space.fits(slots) for slots in kept] == [True, False]
 
 
 def test_activations_limit_a_prompt_that_slots_would_take() -> None:
     server = backend(2, 1, ApbConfig(num_blocks=4))
-    largest = capacity.largest_prompt(server, Room(50_000, 1, activation_bytes=20_000))
+    largest = capacity.largest_prompt(server, Space(50_000, 1, activation_bytes=20_000))
     assert [rows_on_rank_0(server.plan(largest + more, Wish())) <= 20_000 for more in (0, 1)] == [True, False]
-    assert capacity.largest_prompt(server, Room(50_000, 1, activation_bytes=0)) <= 1
+    assert capacity.largest_prompt(server, Space(50_000, 1, activation_bytes=0)) <= 1
 
 
 def test_a_pool_leaves_what_its_prompt_takes() -> None:

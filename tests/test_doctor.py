@@ -36,9 +36,10 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         source, copy = SITE_PACKAGES / "sglang" / name, tmp_path / "sglang" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
-    sender = Path(sglang_apb.__file__).parent / "transfer" / "sender.py"
+    sender = Path(sglang_apb.__file__).parent / "transfer" / "sglang" / "sender.py"
     monkeypatch.setattr(targets, "patch_modules", lambda: [("row_chunks", row_chunks.PATCHES)])
-    monkeypatch.setattr(targets, "our_files", lambda: [targets.OurFile.read("sglang_apb/transfer/sender.py", sender)])
+    ours = targets.OurFile.read("sglang_apb/transfer/sglang/sender.py", sender)
+    monkeypatch.setattr(targets, "our_files", lambda: [ours])
     return tmp_path
 
 
@@ -76,7 +77,7 @@ def test_the_installed_sglang_equals_itself_in_every_target(capsys: pytest.Captu
             # `TransferBackend._missing_` is Python's: the table has the class.
             assert row(lines, patch.target.removesuffix("._missing_")) == "equal"
     for module in ("bootstrap", "manager", "receiver", "sender"):
-        assert f"sglang_apb/transfer/{module}.py" in lines
+        assert f"sglang_apb/transfer/sglang/{module}.py" in lines
     assert row(lines, f"{SENDER}._check_bootstrap_timeout") == "equal", "our sender calls it, and does not override it"
 
 
@@ -128,7 +129,7 @@ def test_what_is_gone_is_looked_for(other: Path, capsys: pytest.CaptureFixture[s
     assert status == 1 and row(lines, FORWARD).startswith("gone")
     assert row(lines, BOUNDS) == "gone (_get_cp_rank_page_bounds is defined in sglang.srt.disaggregation.pages)"
     assert lines[-1].endswith(" equal, 2 gone")
-    first = lines[lines.index("sglang_apb/transfer/sender.py") + 1]
+    first = lines[lines.index("sglang_apb/transfer/sglang/sender.py") + 1]
     assert first.startswith("  gone"), "what needs a look comes first"
 
 

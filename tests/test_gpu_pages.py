@@ -7,8 +7,8 @@ import pytest
 import torch
 from sglang_apb.kernels.page_copy import PageCopy, copy_pages_reference
 
-from sglang_apb.transfer.gpu_pages import GpuSide
-from sglang_apb.transfer.wire import Block
+from sglang_apb.transfer.memory.gpu_pages import GpuSide
+from sglang_apb.transfer.protocol.wire import Block
 
 NUM_PAGES, PAGE_SIZE, NUM_HEADS = 7, 2, 4
 HEAD_BYTES = (6, 10, 6, 10)  # keys and values of two layers

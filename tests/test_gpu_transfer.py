@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -14,18 +15,19 @@ import pytest
 import torch
 from transfer_peers import AUX_LENS, make_pages, received, send_owned, wait_for
 
-from sglang_apb.transfer import planes, receiving
-from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.config import TransferConfig
-from sglang_apb.transfer.direct import Memory
-from sglang_apb.transfer.exchange import Meeting
-from sglang_apb.transfer.gpu_pages import CudaPages
-from sglang_apb.transfer.heads import Shares
-from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.nccl import NcclReceiver, NcclSender
-from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.receiving import ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.decode import endpoint
+from sglang_apb.transfer.decode.endpoint import DecodeEndpoint
+from sglang_apb.transfer.decode.peer import PrefillPeer
+from sglang_apb.transfer.decode.request import RequestState
+from sglang_apb.transfer.memory.gpu_pages import CudaPages
+from sglang_apb.transfer.memory.heads import Shares
+from sglang_apb.transfer.planes import choice
+from sglang_apb.transfer.planes.base import OpenSend, Pool
+from sglang_apb.transfer.planes.nccl.channel import NcclReceiver, NcclSender
+from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
+from sglang_apb.transfer.prefill.transfer import TransferState
+from sglang_apb.transfer.protocol.compat import Compat
+from sglang_apb.transfer.protocol.config import TransferConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -60,25 +62,26 @@ def prefill(pipe: Connection, heads: range, repeats: int, is_mapped: bool = True
     if not is_shuffled:
         NcclSender._gather = None  # type: ignore[method-assign,assignment]
     pages, _ = gpu_pages(0, heads, seed=5)
-    sender = SendingEndpoint("127.0.0.1")
-    memory, meeting = to_offer(pages, heads)
-    offered = memory if is_mapped else None, meeting
-    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *offered)
+    sender = PrefillEndpoint("127.0.0.1")
+    pool, planes = planes_of(pages, heads, with_memory=is_mapped)
+    sender.start_sending(pool, make_pages(6, AUX_LENS, 8), COMPAT, planes)
     pipe.send(sender.port)
     for number in range(1, repeats + 1):
-        room = sender.open(number)
-        assert wait_for(lambda room=room: room.state is SendState.ASKED, 60)
+        transfer = sender.open(number)
+        assert wait_for(lambda transfer=transfer: transfer.state is TransferState.ASKED, 60)
         ids = np.random.default_rng(7).permutation(NUM_PAGES) if is_shuffled else np.arange(NUM_PAGES)
-        send_owned(sender, room, ids, [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
-        assert wait_for(lambda room=room: room.state is SendState.DONE, 60)
-        pipe.send((room.is_offered, room.num_bytes))
-        sender.close(room)
+        send_owned(sender, transfer, ids, [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
+        assert wait_for(lambda transfer=transfer: transfer.state is TransferState.DONE, 60)
+        pipe.send(transfer.num_bytes)
+        sender.close(transfer)
     pipe.recv()
 
 
-def to_offer(pages: CudaPages, heads: range) -> tuple[Memory | None, Meeting | None]:
-    memory = planes.memory_to_offer(pages, heads, "auto")
-    return memory, planes.meeting(pages, heads, PAGE_SIZE, OPEN)
+def planes_of(pages: CudaPages, heads: range, *, with_memory: bool = True) -> tuple[Pool, list[OpenSend]]:
+    """Of prefill ranks."""
+    pool = Pool(pages, heads, PAGE_SIZE)
+    config = OPEN if with_memory else dataclasses.replace(OPEN, data_plane="nccl")
+    return pool, choice.send_planes(pool, config)
 
 
 @contextlib.contextmanager
@@ -95,17 +98,21 @@ def process(function: Any, *arguments: Any) -> Iterator[tuple[Connection, Any]]:
         child.join()
 
 
-def receiver_of(pages: CudaPages, heads: range, plane: str, **settings: Any) -> ReceivingEndpoint:
-    ways = planes.ways(pages, heads, PAGE_SIZE, TransferConfig(data_plane=plane, allow_unencrypted=True, **settings))
-    receiver = ReceivingEndpoint(pages, make_pages(None, AUX_LENS, 8), COMPAT, heads, ways=ways)
+def receiver_of(pages: CudaPages, heads: range, plane: str, **settings: Any) -> DecodeEndpoint:
+    pool = Pool(pages, heads, PAGE_SIZE)
+    planes = choice.receive_planes(pool, TransferConfig(data_plane=plane, allow_unencrypted=True, **settings))
+    receiver = DecodeEndpoint(pool, make_pages(None, AUX_LENS, 8), COMPAT, planes=planes)
     receiver.start()
     return receiver
 
 
-def until_found(receiver: ReceivingEndpoint) -> None:
-    assert wait_for(
-        lambda: bool(receiver._peers) and all(p.way.remote or p.way.fetcher for p in receiver._peers.values()), 60
-    )
+def is_ready(peer: PrefillPeer) -> bool:
+    """Whether one of its planes but ZMQ is."""
+    return any(getattr(half, "_remote", None) or getattr(half, "fetcher", None) for half in peer.pair.halves)
+
+
+def until_found(receiver: DecodeEndpoint) -> None:
+    assert wait_for(lambda: bool(receiver._peers) and all(map(is_ready, receiver._peers.values())), 60)
 
 
 @PLANES
@@ -114,7 +121,7 @@ def until_found(receiver: ReceivingEndpoint) -> None:
 def test_a_gpu_gets_the_other_processs_pages(
     plane: str, theirs: range, ours: range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiving, "FETCH_POLL_MS", 60_000)  # a block that has come is told of
+    monkeypatch.setattr(endpoint, "CHECK_MS", 60_000)  # a block that has come is told of
     if len(theirs) < len(ours):
         pytest.skip("the other half comes from another rank")
     pages, pool = gpu_pages(torch.cuda.device_count() - 1, ours, seed=None)
@@ -127,7 +134,7 @@ def test_a_gpu_gets_the_other_processs_pages(
             ids = np.random.default_rng(8).permutation(NUM_PAGES)
             decode = receiver.open(1, [address], ids, 3, shares=Shares(ours, (ours,)))
             assert received(decode, 60), decode.reason
-            assert pipe.recv() == (plane == "cuda_ipc", pool.numel()) and decode.data_plane == plane
+            assert pipe.recv() == pool.numel() and decode.data_plane == plane
             _, wanted = gpu_pages(torch.cuda.device_count() - 1, ours, seed=5)
             source = torch.from_numpy(np.random.default_rng(7).permutation(NUM_PAGES))
             assert torch.equal(pool[:, torch.from_numpy(ids)], wanted[:, source])
@@ -192,8 +199,8 @@ def test_nccl_needs_to_be_named_or_an_open_network() -> None:
         *(("nccl", {}, True), ("nccl", keys, True)),
     ):
         config = TransferConfig(data_plane=plane, **settings)
-        assert (planes.meeting(pages, range(NUM_HEADS), PAGE_SIZE, config) is not None) == is_possible
-        ways = planes.ways(pages, range(NUM_HEADS), PAGE_SIZE, config)
+        assert (choice.meeting(pages, range(NUM_HEADS), PAGE_SIZE, config) is not None) == is_possible
+        ways = choice.ways(pages, range(NUM_HEADS), PAGE_SIZE, config)
         assert (ways.meeting is not None) == is_possible and ways.zmq_too == (plane == "auto")
 
 
@@ -201,7 +208,7 @@ def test_a_buffer_that_holds_no_pages_is_refused() -> None:
     page_bytes = 5 << 20
     pages = CudaPages([torch.zeros(2 * page_bytes, dtype=torch.uint8, device="cuda")] * 2, [page_bytes] * 2)
     with pytest.raises(ValueError, match=r"nccl_buffer_mb 16 .* holds no 4 pages of 5242880 bytes: use 20 or more"):
-        planes.meeting(pages, range(1), 1, TransferConfig(data_plane="nccl", nccl_buffer_mb=16))
+        choice.meeting(pages, range(1), 1, TransferConfig(data_plane="nccl", nccl_buffer_mb=16))
 
 
 @PLANES
@@ -221,7 +228,7 @@ def test_a_prefill_rank_that_is_killed_while_it_is_read_and_one_in_its_place(pla
                     if is_killed and time.monotonic() > stop_at:
                         child.kill()
                         assert not received(decode, PROMISE_S)
-                        assert decode.state is ReceiveState.FAILED and "Lost the connection" in decode.reason
+                        assert decode.state is RequestState.FAILED and "Lost the connection" in decode.reason
                         break
                     assert received(decode, 60), decode.reason
                     receiver.close(decode)
@@ -242,31 +249,32 @@ def decode_until_killed(pipe: Connection, port: int, plane: str) -> None:
     until_found(receiver)
     pipe.send("mapped")
     for number in range(1, 1 << 30):
-        room = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
-        received(room, 60)
-        receiver.close(room)
+        request = receiver.open(number, [address], np.arange(NUM_PAGES), 3)
+        received(request, 60)
+        receiver.close(request)
 
 
 @PLANES
 def test_a_decode_rank_that_is_killed_while_it_reads_harms_nobody(plane: str) -> None:
     heads = range(NUM_HEADS)
     pages, pool = gpu_pages(0, heads, seed=5)
-    sender = SendingEndpoint("127.0.0.1")
-    sender.start_sending(pages, make_pages(6, AUX_LENS, 8), COMPAT, heads, *to_offer(pages, heads))
+    sender = PrefillEndpoint("127.0.0.1")
+    pool_here, planes = planes_of(pages, heads)
+    sender.start_sending(pool_here, make_pages(6, AUX_LENS, 8), COMPAT, planes)
     try:
         with process(decode_until_killed, sender.port, plane) as (pipe, child):
             assert pipe.recv() == "mapped"
             for number in range(1, 40):
-                room = sender.open(number)
-                assert wait_for(lambda room=room: room.state is SendState.ASKED, 60)
+                transfer = sender.open(number)
+                assert wait_for(lambda transfer=transfer: transfer.state is TransferState.ASKED, 60)
                 if number == 20:
                     child.kill()
-                send_owned(sender, room, np.arange(NUM_PAGES), [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
+                send_owned(sender, transfer, np.arange(NUM_PAGES), [(0, NUM_PAGES)], 5, num_layers=NUM_LAYERS)
                 if number == 20:
                     break
-                assert wait_for(lambda room=room: room.state is SendState.DONE, 60)
-                sender.close(room)
-            assert wait_for(lambda: room.state in (SendState.FAILED, SendState.DONE), PROMISE_S)
+                assert wait_for(lambda transfer=transfer: transfer.state is TransferState.DONE, 60)
+                sender.close(transfer)
+            assert wait_for(lambda: transfer.state in (TransferState.FAILED, TransferState.DONE), PROMISE_S)
         assert float(pool.float().mean()) > 0
         assert wait_for(lambda: not len(sender._peers), PROMISE_S)
     finally:

@@ -15,7 +15,7 @@ from sglang_apb.kernels.page_copy import (
 )
 from test_kernels import on_device
 
-from sglang_apb.transfer.pages import HostPages
+from sglang_apb.transfer.memory.pages import HostPages
 
 PAGE_SIZES = {
     "16-byte words": [64, 64, 64],

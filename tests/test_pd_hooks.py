@@ -171,8 +171,8 @@ def test_schedulers_hear_of_rooms_that_the_door_refuses(monkeypatch: pytest.Monk
     ]
     refused: list[Any] = []
     aborted: list[Any] = []
-    sending = SimpleNamespace(refuse=lambda *what: refused.append(what))
-    manager = SimpleNamespace(sending=sending, refuse_room=lambda *what: refused.append(what))
+    endpoint = SimpleNamespace(refuse=lambda *what: refused.append(what))
+    manager = SimpleNamespace(prefill_endpoint=endpoint, refuse_room=lambda *what: refused.append(what))
     queue = SimpleNamespace(kv_manager=manager)
     scheduler = SimpleNamespace(disagg_prefill_bootstrap_queue=queue, disagg_decode_prealloc_queue=queue)
     for half in ("prefill", "decode"):

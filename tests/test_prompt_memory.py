@@ -46,7 +46,7 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_pool_leaves_what_its_rows_take() -> None:
-    pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+    pool = prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
     table = 16 * CONTEXT * 4
     free = FREE_GIB * GIB - KEPT_FREE - FEED_FORWARD_BYTES - table
     assert free // (KV_BYTES + ROW_BYTES) > CONTEXT
@@ -55,7 +55,7 @@ def test_a_full_pool_leaves_what_its_rows_take() -> None:
 
 def test_a_small_pool_leaves_what_its_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: 20)
-    pool = prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+    pool = prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
     taken = pool // KV_BYTES * (KV_BYTES + ROW_BYTES)
     free = 20 * GIB - KEPT_FREE - FEED_FORWARD_BYTES - 16 * CONTEXT * 4
     assert free - (KV_BYTES + ROW_BYTES) < taken <= free
@@ -65,14 +65,14 @@ def test_ranks_that_all_keep_everything_compute_a_part_of_the_rows_each() -> Non
     """Each rank has a slot for every token of a prompt, and activations for its share."""
     alone = configurator(sp_size=2)
     alone.server_args.disaggregation_mode = "null"
-    assert prompt_memory._leave_room(50 * GIB, alone, 0.0) > prompt_memory._leave_room(50 * GIB, configurator(), 0.0)
+    assert prompt_memory._leave_space(50 * GIB, alone, 0.0) > prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
 
 
 def test_a_smaller_pool_stays_as_it_is() -> None:
-    assert prompt_memory._leave_room(GIB, configurator(), 0.0) == GIB
+    assert prompt_memory._leave_space(GIB, configurator(), 0.0) == GIB
 
 
 @pytest.mark.parametrize("given", [{"is_given": True}, {"device": "cpu"}], ids=str)
 def test_sglangs_own_choice_stands(given: dict[str, Any]) -> None:
     """With --mem-fraction-static, and where nothing is known of the memory."""
-    assert prompt_memory._leave_room(50 * GIB, configurator(**given), 0.0) == 50 * GIB
+    assert prompt_memory._leave_space(50 * GIB, configurator(**given), 0.0) == 50 * GIB

@@ -13,7 +13,7 @@ from sglang_apb.config import parse
 from sglang_apb.layout import plan
 from sglang_apb.options import PluginOptions
 
-ROOM = 300_000_000  # bytes
+SPACE = 300_000_000  # bytes
 
 
 class Request:
@@ -58,7 +58,7 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
     monkeypatch.setattr(scheduling, "backend_of", lambda runner: backend)
     scheduler = SimpleNamespace(
         server_args=SimpleNamespace(plugin_options=PluginOptions("apb", config_text=config)),
-        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu", activation_room=ROOM)),
+        tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu", activation_space=SPACE)),
         max_total_num_tokens=1000,
         page_size=page_size,
     )

@@ -22,7 +22,7 @@ from transfer_peers import wait_for
 
 from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import LocalCluster
-from sglang_apb.transfer import keys
+from sglang_apb.transfer.protocol import keys
 
 pytestmark = pytest.mark.server
 PROMISE_S = 5.0

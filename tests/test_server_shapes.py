@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +112,18 @@ def test_mooncakes_tcp_takes_what_apb_prefilled(num_ranks: int, plain: Plain, lo
     )
     with running(service) as url:
         assert_same_tokens(generate(url, plain.prompts[1000]), plain.answers[1000])
+
+
+@thorough
+def test_pages_go_through_files_where_both_servers_name_a_folder(
+    plain: Plain, log_dirs: Iterator[Path], tmp_path: Path
+) -> None:
+    """The data plane that is an example. Until it is found, while the first prompt is computed, KV goes over ZMQ."""
+    options = ("--kv-transfer-config", json.dumps({"data_plane": f"file:{tmp_path}"}))
+    with running(cluster(plain.model, next(log_dirs), 2, *CONFIG, arguments=options)) as url:
+        answers = [generate(url, plain.prompts[1000]) for _ in range(3)]
+    for answer in answers:
+        assert_same_tokens(answer, plain.answers[1000])
+        assert_ran_sparse(answer, num_ranks=2)
+    assert answers[-1].prefill is not None and answers[-1].prefill["kv_data_plane"] == "file"
+    assert all(":" in path.name for path in tmp_path.iterdir()), "a file of a request that has ended is left"

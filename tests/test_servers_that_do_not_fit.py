@@ -18,8 +18,8 @@ from transfer_peers import wait_for
 from sglang_apb.commands import servers
 from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import LocalCluster, LocalService, is_up
-from sglang_apb.transfer.compat import Compat, describe_model, find_difference
-from sglang_apb.transfer.directory import Lookup
+from sglang_apb.transfer.protocol.compat import Compat, describe_model, find_difference
+from sglang_apb.transfer.sglang.directory import Lookup
 
 
 @pytest.mark.server
@@ -207,7 +207,7 @@ def bootstrap_server(kind: type, port: int) -> Any:
 
 
 def test_a_decode_server_without_the_plugin_is_told_what_is_missing() -> None:
-    from sglang_apb.transfer.bootstrap import ZmqKVBootstrapServer
+    from sglang_apb.transfer.sglang.bootstrap import ZmqKVBootstrapServer
 
     port = next_port()
     server = bootstrap_server(ZmqKVBootstrapServer, port)

@@ -10,10 +10,10 @@ import pytest
 from hostile import FRAMES, FakePrefill, honest_frames
 from transfer_peers import cluster, received, rows
 
-from sglang_apb.transfer import wire
-from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.lives import life_of
-from sglang_apb.transfer.wire import Kind, Stop
+from sglang_apb.transfer.decode.request import RequestState
+from sglang_apb.transfer.heartbeats import heartbeat_of
+from sglang_apb.transfer.protocol import wire
+from sglang_apb.transfer.protocol.wire import Kind, Stop
 
 
 @pytest.mark.parametrize("dropped", range(9))
@@ -27,7 +27,7 @@ def test_a_dropped_frame_is_never_complete(dropped: int) -> None:
                 prefill.send(frame)
         assert not received(decode, 0.3)
         last = len(frames) - 1
-        expected = ReceiveState.RECEIVING if dropped in (0, last) else ReceiveState.FAILED
+        expected = RequestState.RECEIVING if dropped in (0, last) else RequestState.FAILED
         assert decode.state is expected
         assert not any(rows(peers.aux, range(8)))
 
@@ -52,7 +52,7 @@ def test_frames_of_another_attempt_or_room_are_ignored() -> None:
         for frame in (*honest_frames(room, attempt + 1, 2), *honest_frames(room + 1, attempt, 3)):
             prefill.send(frame)
         time.sleep(0.1)
-        assert decode.state is ReceiveState.RECEIVING and not any(rows(peers.pool, range(500)))
+        assert decode.state is RequestState.RECEIVING and not any(rows(peers.pool, range(500)))
         for frame in honest_frames(room, attempt):
             prefill.send(frame)
         assert received(decode)
@@ -63,7 +63,7 @@ def test_a_decode_server_answers_pings_and_nothing_else() -> None:
     with cluster() as peers, FakePrefill() as prefill:
         peers.receiver.open(1, [prefill.address], np.arange(8), 0)
         prefill.wait_for_ask()
-        prefill.identity = life_of(prefill.identity)
+        prefill.peer = heartbeat_of(prefill.peer)
         while prefill.socket.poll(500):  # its first ping
             prefill.socket.recv_multipart()
         for frame in (wire.pack_message(Stop("no"), 0, 0), [b"x"], [b""], wire.pack(Kind.DONE, 1, 2)):

@@ -13,13 +13,12 @@ import lossy_link
 import pytest
 from lossy_link import HERE, Link, everything, nothing
 from test_transfer_faults import IDS, PROMISE_S, child, never
-from transfer_peers import AUX_LENS, COMPAT, HEADS, make_pages, rows, wait_for
+from transfer_peers import AUX_LENS, COMPAT, HEADS, decode_endpoint, make_pages, rows, start_sending, wait_for
 
-from sglang_apb.transfer.hosts import Address
-from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.outbox import SendRoom, SendState
-from sglang_apb.transfer.receiving import ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint
+from sglang_apb.transfer.decode.request import RequestState
+from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
+from sglang_apb.transfer.prefill.transfer import Transfer, TransferState
+from sglang_apb.transfer.protocol.hosts import Address
 
 POOL_SEED = 1
 WAIT_S = 20.0
@@ -35,7 +34,7 @@ def _links_can_be_made() -> None:
 class Outcome:
     """What became of a request on the decode side."""
 
-    state: ReceiveState
+    state: RequestState
     reason: str
     pages: bytes
 
@@ -44,22 +43,22 @@ def decode_server(pipe: Connection, port: int) -> None:
     """Behind the link: opens each room that it is told, and answers with its outcome."""
     lossy_link.enter_namespace()
     pool = make_pages(None)
-    receiver = ReceivingEndpoint(pool, make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
+    receiver = decode_endpoint(pool, make_pages(None, AUX_LENS, 8), COMPAT, HEADS)
     receiver.start()
     pipe.send("there")
     while True:
         number = pipe.recv()
-        room = receiver.open(number, [Address(HERE, port)], IDS, 0)
-        wait_for(lambda room=room: room.state is not ReceiveState.RECEIVING, WAIT_S)
-        pipe.send(Outcome(room.state, room.reason, rows(pool, IDS)))
-        receiver.close(room)
+        request = receiver.open(number, [Address(HERE, port)], IDS, 0)
+        wait_for(lambda request=request: request.state is not RequestState.RECEIVING, WAIT_S)
+        pipe.send(Outcome(request.state, request.reason, rows(pool, IDS)))
+        receiver.close(request)
 
 
 @contextmanager
-def far_decode_server(link: Link) -> Iterator[tuple[SendingEndpoint, Connection]]:
+def far_decode_server(link: Link) -> Iterator[tuple[PrefillEndpoint, Connection]]:
     with link:
-        sender = SendingEndpoint(HERE)
-        sender.start_sending(make_pages(POOL_SEED), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
+        sender = PrefillEndpoint(HERE)
+        start_sending(sender, make_pages(POOL_SEED), make_pages(2, AUX_LENS, 8), COMPAT, HEADS)
         try:
             with child(decode_server, sender.port) as (_, pipe):
                 assert pipe.poll(30) and pipe.recv() == "there"
@@ -68,17 +67,17 @@ def far_decode_server(link: Link) -> Iterator[tuple[SendingEndpoint, Connection]
             sender.stop()
 
 
-def start(sender: SendingEndpoint, pipe: Connection, number: int) -> SendRoom:
-    room = sender.open(number)
+def start(sender: PrefillEndpoint, pipe: Connection, number: int) -> Transfer:
+    transfer = sender.open(number)
     pipe.send(number)
-    assert wait_for(lambda: room.state is SendState.ASKED, WAIT_S)
-    return room
+    assert wait_for(lambda: transfer.state is TransferState.ASKED, WAIT_S)
+    return transfer
 
 
-def send_all(sender: SendingEndpoint, room: SendRoom) -> None:
-    sender.announce(room, [(0, 20)])
-    sender.send_pages(room, (0, 20), IDS.copy, range(3))
-    sender.finish(room, 0, {})
+def send_all(sender: PrefillEndpoint, transfer: Transfer) -> None:
+    sender.announce(transfer, [(0, 20)])
+    sender.send_pages(transfer, (0, 20), IDS.copy, range(3))
+    sender.finish(transfer, 0, {})
 
 
 def outcome(pipe: Connection) -> Outcome:
@@ -88,14 +87,14 @@ def outcome(pipe: Connection) -> Outcome:
     return found
 
 
-def check_is_served(sender: SendingEndpoint, pipe: Connection, number: int) -> None:
-    room = start(sender, pipe, number)
-    send_all(sender, room)
+def check_is_served(sender: PrefillEndpoint, pipe: Connection, number: int) -> None:
+    transfer = start(sender, pipe, number)
+    send_all(sender, transfer)
     found = outcome(pipe)
-    assert found.state is ReceiveState.COMPLETE, found.reason
+    assert found.state is RequestState.COMPLETE, found.reason
     assert found.pages == rows(make_pages(POOL_SEED), IDS)
-    assert wait_for(lambda: room.state is SendState.DONE, WAIT_S)
-    sender.close(room)
+    assert wait_for(lambda: transfer.state is TransferState.DONE, WAIT_S)
+    sender.close(transfer)
 
 
 @pytest.mark.parametrize("stage", ["asked", "sending"])
@@ -103,20 +102,20 @@ def test_a_cut_is_noticed_by_both_and_healed_without_a_restart(stage: str) -> No
     link = Link()
     with far_decode_server(link) as (sender, pipe):
         check_is_served(sender, pipe, 1)
-        room = start(sender, pipe, 2)
+        transfer = start(sender, pipe, 2)
         if stage == "sending":
-            sender.announce(room, [(0, 20)])
-            sender.send_pages(room, (0, 20), IDS.copy, [0])
-            sender.send_pages(room, (0, 20), IDS.copy, [1], never)
+            sender.announce(transfer, [(0, 20)])
+            sender.send_pages(transfer, (0, 20), IDS.copy, [0])
+            sender.send_pages(transfer, (0, 20), IDS.copy, [1], never)
             time.sleep(0.2)
         link.passes = nothing
         cut = time.monotonic()
-        assert wait_for(lambda: room.state is SendState.FAILED, PROMISE_S)
+        assert wait_for(lambda: transfer.state is TransferState.FAILED, PROMISE_S)
         found = outcome(pipe)
         assert time.monotonic() - cut < PROMISE_S
-        assert found.state is ReceiveState.FAILED and "Lost the connection" in found.reason
-        assert "Lost the connection" in room.reason
-        sender.close(room)
+        assert found.state is RequestState.FAILED and "Lost the connection" in found.reason
+        assert "Lost the connection" in transfer.reason
+        sender.close(transfer)
         link.passes = everything
         check_is_served(sender, pipe, 3)
 
@@ -126,13 +125,13 @@ def test_a_short_cut_fails_nothing() -> None:
     link = Link()
     with far_decode_server(link) as (sender, pipe):
         check_is_served(sender, pipe, 1)
-        room = start(sender, pipe, 2)
+        transfer = start(sender, pipe, 2)
         link.passes = nothing
-        send_all(sender, room)
+        send_all(sender, transfer)
         time.sleep(0.7)
         link.passes = everything
         found = outcome(pipe)
-        assert found.state is ReceiveState.COMPLETE, found.reason
+        assert found.state is RequestState.COMPLETE, found.reason
         assert found.pages == rows(make_pages(POOL_SEED), IDS)
 
 

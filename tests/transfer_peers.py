@@ -9,23 +9,32 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
-from sglang_apb.transfer import ownership, wire
-from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.direct import DirectError, Memory
-from sglang_apb.transfer.exchange import NUM_SLOTS, ExchangeError, Meeting
-from sglang_apb.transfer.heads import PagesByHeads
-from sglang_apb.transfer.hosts import Address
-from sglang_apb.transfer.inbox import ReceiveRoom, ReceiveState
-from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.outbox import SendRoom, SendState
-from sglang_apb.transfer.ownership import PageRange
-from sglang_apb.transfer.pages import HostPages, run_of
-from sglang_apb.transfer.receiving import ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint
-from sglang_apb.transfer.ways import Ways
+from sglang_apb.transfer.decode.endpoint import DecodeEndpoint
+from sglang_apb.transfer.decode.peer import PrefillPeer
+from sglang_apb.transfer.decode.request import DecodeRequest, RequestState
+from sglang_apb.transfer.memory.heads import PagesByHeads
+from sglang_apb.transfer.memory.pages import HostPages, run_of
+from sglang_apb.transfer.planes import choice
+from sglang_apb.transfer.planes.base import OpenReceive, OpenSend, Pool
+from sglang_apb.transfer.planes.cuda_ipc.halves import CudaIpcReceive, CudaIpcSend
+from sglang_apb.transfer.planes.cuda_ipc.handles import MappingError, Memory
+from sglang_apb.transfer.planes.nccl.channels import NUM_SLOTS, ChannelError, ChannelMaker
+from sglang_apb.transfer.planes.nccl.receive import NcclReceive
+from sglang_apb.transfer.planes.nccl.send import NcclSend
+from sglang_apb.transfer.planes.pair import ZMQ_ONLY, ReceivePlanes
+from sglang_apb.transfer.planes.zmq import ZmqSend
+from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
+from sglang_apb.transfer.prefill.transfer import Transfer, TransferState
+from sglang_apb.transfer.protocol import ownership, wire
+from sglang_apb.transfer.protocol.compat import Compat
+from sglang_apb.transfer.protocol.config import TransferConfig
+from sglang_apb.transfer.protocol.hosts import Address
+from sglang_apb.transfer.protocol.keys import Keys
+from sglang_apb.transfer.protocol.ownership import PageRange
 from sglang_apb.transfer.worker import Worker
 
 ITEM_LENS = (96, 160, 96, 160, 96, 160)  # keys and values of three layers
@@ -34,6 +43,7 @@ AUX_LENS = (64, 128, 64)
 NUM_POOL_PAGES = 500
 HEADS = range(1)
 EIGHT = np.arange(8)
+H = TypeVar("H")
 COMPAT = Compat(
     model="Toy",
     model_hash="toy",
@@ -60,10 +70,10 @@ def rows(pages: HostPages, ids: Sequence[int] | np.ndarray) -> bytes:
 class Cluster:
     """`senders[r]` is prefill rank r with pool `pools[r]` and aux rows `auxes[r]`; one decode endpoint."""
 
-    senders: list[SendingEndpoint]
+    senders: list[PrefillEndpoint]
     pools: list[HostPages]
     auxes: list[HostPages]
-    receiver: ReceivingEndpoint
+    receiver: DecodeEndpoint
     pool: HostPages
     aux: HostPages
 
@@ -71,7 +81,7 @@ class Cluster:
     def addresses(self) -> list[Address]:
         return [Address("127.0.0.1", s.port, s.keys.public if s.keys else "") for s in self.senders]
 
-    def ask(self, room: int, ids: Sequence[int] | np.ndarray, aux_index: int = 3) -> ReceiveRoom:
+    def ask(self, room: int, ids: Sequence[int] | np.ndarray, aux_index: int = 3) -> DecodeRequest:
         return self.receiver.open(room, self.addresses, np.asarray(ids, np.int64), aux_index)
 
 
@@ -92,7 +102,7 @@ class SharedPages:
 
     def map(self, memory: Memory, pages: HostPages, heads: range = HEADS, page_size: int = 1) -> _SharedPool:
         if not memory.handles:
-            raise DirectError("no handle")
+            raise MappingError("no handle")
         there = self._pools[int(memory.handles[0])]
         return _SharedPool(self, there, range(*memory.heads), pages, heads, page_size)
 
@@ -116,7 +126,7 @@ class _SharedPool:
 
 
 class Tubes:
-    """In place of NCCL: a block goes over when both ends are there for it, in order. Each `meeting` is one side's."""
+    """In place of NCCL: a block goes over when both ends are there for it, in order. Each `maker` is one side's."""
 
     def __init__(self) -> None:
         self._posted: dict[bytes, deque[tuple[int, Callable[[bytes], None]]]] = {}
@@ -128,15 +138,15 @@ class Tubes:
         self.slot_bytes: dict[str, int] = {}  # of the side with that GPU
         self.has_memory: dict[str, bool] = {}
 
-    def meeting(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> Meeting:
+    def maker(self, pages: HostPages, gpu: str, heads: range = HEADS, page_size: int = 1) -> ChannelMaker:
         side = {"pages": pages, "heads": heads, "page_size": page_size}
         prefill, decode = (partial(_TubeEnd, self, is_prefill=is_prefill, **side) for is_prefill in (True, False))
         slot_bytes = self.slot_bytes.get(gpu, 1 << 26)
-        return Meeting(gpu, self._new_id, prefill, decode, slot_bytes, partial(self._check_memory, gpu))
+        return ChannelMaker(gpu, self._new_id, prefill, decode, slot_bytes, partial(self._check_memory, gpu))
 
     def _check_memory(self, gpu: str, slot_bytes: int) -> None:
         if not self.has_memory.get(gpu, True):
-            raise ExchangeError(f"no memory for {slot_bytes} bytes")
+            raise ChannelError(f"no memory for {slot_bytes} bytes")
 
     def _new_id(self) -> bytes:
         unique_id = str(next(self._ids)).encode()
@@ -159,7 +169,7 @@ class _TubeEnd:
         page_size: int,
     ) -> None:
         if unique_id not in tubes._posted:
-            raise ExchangeError("nobody is there")
+            raise ChannelError("nobody is there")
         self._tubes, self._posted = tubes, tubes._posted[unique_id]
         self._parts, self._heads = PagesByHeads(pages, heads, page_size), heads
         self._slots: dict[int, bytes] = {}
@@ -187,7 +197,7 @@ class _TubeEnd:
         try:
             self._tubes.before_send()
             if not self._posted:  # it would hold a GPU up
-                raise ExchangeError("nobody waits for a block")
+                raise ChannelError("nobody waits for a block")
         except Exception as error:
             self._on_error(str(error))
             return
@@ -265,6 +275,54 @@ class _Held:
         self.end.num_held -= 1
 
 
+def send_planes(pages: HostPages, shared: SharedPages | None = None, tubes: Tubes | None = None) -> list[OpenSend]:
+    ipc = [partial(CudaIpcSend, memory=shared.memory(pages))] if shared else []
+    nccl = partial(NcclSend, maker=tubes.maker(pages, "prefill's") if tubes else None)
+    return [*ipc, nccl, lambda side: ZmqSend()]
+
+
+def receive_planes(
+    pages: HostPages, shared: SharedPages | None = None, tubes: Tubes | None = None, zmq_too: bool = True
+) -> ReceivePlanes:
+    halves: list[OpenReceive] = []
+    if shared:
+        halves.append(partial(CudaIpcReceive, map_memory=partial(shared.map, pages=pages)))
+    if tubes:
+        halves.append(partial(NcclReceive, maker=tubes.maker(pages, "decode's")))
+    return ReceivePlanes(tuple(halves), zmq_too)
+
+
+def start_sending(
+    endpoint: PrefillEndpoint,
+    pages: HostPages,
+    aux: HostPages,
+    compat: Compat = COMPAT,
+    heads: range = HEADS,
+    planes: Sequence[OpenSend] | None = None,
+) -> None:
+    """Over ZMQ, if nothing else is said."""
+    pool = Pool(pages, heads, compat.page_size)
+    endpoint.start_sending(pool, aux, compat, send_planes(pages) if planes is None else planes)
+
+
+def decode_endpoint(
+    pages: HostPages,
+    aux: HostPages,
+    compat: Compat = COMPAT,
+    heads: range = HEADS,
+    keys: Keys | None = None,
+    planes: ReceivePlanes = ZMQ_ONLY,
+) -> DecodeEndpoint:
+    return DecodeEndpoint(Pool(pages, heads, compat.page_size), aux, compat, keys, planes=planes)
+
+
+def half_of(holder: PrefillEndpoint | PrefillPeer, kind: type[H]) -> H:
+    """A rank's half of a plane."""
+    halves = holder.halves if isinstance(holder, PrefillEndpoint) else holder.pair.halves
+    (half,) = (half for half in halves if isinstance(half, kind))
+    return half
+
+
 @contextlib.contextmanager
 def cluster(
     num_ranks: int = 1,
@@ -274,20 +332,25 @@ def cluster(
     shared: SharedPages | None = None,
     tubes: Tubes | None = None,
     zmq_too: bool = True,
+    configs: tuple[TransferConfig, TransferConfig] | None = None,
 ) -> Iterator[Cluster]:
-    """With `shared`, prefill offers pages, and decode reads them where they lie; with `tubes` they are fetched."""
+    """With `shared`, prefill offers pages, and decode reads them where they lie; with `tubes` they are fetched; with
+    `configs`, of prefill and decode, they come as these say.
+    """
     pools = [make_pages(100 + rank) for rank in range(num_ranks)]
     auxes = [make_pages(200 + rank, AUX_LENS, 8) for rank in range(num_ranks)]
-    senders = [SendingEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
+    senders = [PrefillEndpoint("127.0.0.1", keys=prefill_keys) for _ in range(num_ranks)]
     pool, aux = make_pages(None), make_pages(None, AUX_LENS, 8)
-    mapper = partial(shared.map, pages=pool) if shared else None
-    ways = Ways(mapper, tubes.meeting(pool, "decode's") if tubes else None, zmq_too)
-    receiver = ReceivingEndpoint(pool, aux, compat, HEADS, decode_keys, ways=ways)
+    planes = receive_planes(pool, shared, tubes, zmq_too)
+    if configs is not None:
+        planes = choice.receive_planes(Pool(pool, HEADS, 1), configs[1])
+    receiver = decode_endpoint(pool, aux, compat, keys=decode_keys, planes=planes)
     receiver.start()
     for sender, rank_pool, rank_aux in zip(senders, pools, auxes, strict=True):
-        memory = shared.memory(rank_pool) if shared else None
-        meeting = tubes.meeting(rank_pool, "prefill's") if tubes else None
-        sender.start_sending(rank_pool, rank_aux, COMPAT, HEADS, memory, meeting)
+        sends = send_planes(rank_pool, shared, tubes)
+        if configs is not None:
+            sends = choice.send_planes(Pool(rank_pool, HEADS, 1), configs[0])
+        start_sending(sender, rank_pool, rank_aux, planes=sends)
     try:
         yield Cluster(senders, pools, auxes, receiver, pool, aux)
     finally:
@@ -296,8 +359,8 @@ def cluster(
 
 
 def send_owned(
-    sender: SendingEndpoint,
-    room: SendRoom,
+    sender: PrefillEndpoint,
+    transfer: Transfer,
     ids: np.ndarray,
     owned: Sequence[PageRange],
     aux_index: int | None,
@@ -306,11 +369,11 @@ def send_owned(
     num_layers: int = NUM_LAYERS,
 ) -> None:
     """What the sender of SGLang's request does, in chunks of `chunk` pages."""
-    sender.announce(room, owned)
+    sender.announce(transfer, owned)
     for first in range(0, len(ids), chunk):
         for start, end in ownership.clip(owned, (first, first + chunk)):
-            sender.send_pages(room, (start, end), partial(np.copy, ids[start:end]), range(num_layers))
-    sender.finish(room, aux_index, info or {})
+            sender.send_pages(transfer, (start, end), partial(np.copy, ids[start:end]), range(num_layers))
+    sender.finish(transfer, aux_index, info or {})
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
@@ -322,24 +385,26 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
     return condition()
 
 
-def received(room: ReceiveRoom, seconds: float = 5.0) -> bool:
-    return wait_for(lambda: room.state is not ReceiveState.RECEIVING, seconds) and (room.state is ReceiveState.COMPLETE)
+def received(request: DecodeRequest, seconds: float = 5.0) -> bool:
+    return wait_for(lambda: request.state is not RequestState.RECEIVING, seconds) and (
+        request.state is RequestState.COMPLETE
+    )
 
 
-def asked(room: SendRoom) -> bool:
-    return wait_for(lambda: room.state is not SendState.UNASKED) and room.state is SendState.ASKED
+def asked(transfer: Transfer) -> bool:
+    return wait_for(lambda: transfer.state is not TransferState.UNASKED) and transfer.state is TransferState.ASKED
 
 
 def connect(peers: Cluster) -> None:
     """Until every prefill rank has a channel that both sides have made."""
     ready = peers.ask(99, np.arange(0))
-    rooms = [sender.open(99) for sender in peers.senders]
-    assert all(asked(room) for room in rooms)
-    for sender, room in zip(peers.senders, rooms, strict=True):
-        assert wait_for(lambda s=sender, r=room: s._peers.channel(r.identity) is not None)
+    transfers = [sender.open(99) for sender in peers.senders]
+    assert all(asked(transfer) for transfer in transfers)
+    for sender, transfer in zip(peers.senders, transfers, strict=True):
+        assert wait_for(lambda s=sender, r=transfer: half_of(s, NcclSend).channel(r.peer) is not None)
     peers.receiver.close(ready)
-    for sender, room in zip(peers.senders, rooms, strict=True):
-        sender.close(room)
+    for sender, transfer in zip(peers.senders, transfers, strict=True):
+        sender.close(transfer)
 
 
 @contextlib.contextmanager
@@ -350,8 +415,8 @@ def connected(num_ranks: int = 1, *, tubes: Tubes) -> Iterator[Cluster]:
         yield peers
 
 
-def opened(peers: Cluster, number: int, pages: np.ndarray = EIGHT) -> tuple[ReceiveRoom, SendRoom]:
+def opened(peers: Cluster, number: int, pages: np.ndarray = EIGHT) -> tuple[DecodeRequest, Transfer]:
     """A request on both sides, for which decode has asked the first prefill rank."""
-    decode, room = peers.ask(number, pages), peers.senders[0].open(number)
-    assert asked(room)
-    return decode, room
+    decode, transfer = peers.ask(number, pages), peers.senders[0].open(number)
+    assert asked(transfer)
+    return decode, transfer

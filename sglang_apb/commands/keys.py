@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sglang_apb.commands import CommandError
 from sglang_apb.settings import ConfigError
-from sglang_apb.transfer import keys
-from sglang_apb.transfer.config import OPTION
+from sglang_apb.transfer.protocol import keys
+from sglang_apb.transfer.protocol.config import OPTION
 
 HELP = "make the keys with which prefill and decode servers know each other"
 

@@ -95,14 +95,3 @@ def _check_for_servers(arguments: Sequence[str]) -> None:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m sglang_apb.commands.launch`, as `launch/pd_local.sh` calls it."""
-    from sglang_apb import cli
-
-    return cli.main(["launch", *(sys.argv[1:] if arguments is None else arguments)])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,7 @@ from typing import Self
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.polling import ServiceError, ask_chat, is_up
 from sglang_apb.commands.processes import ProcessGroup
-from sglang_apb.transfer.hosts import why_not_free
+from sglang_apb.transfer.protocol.hosts import why_not_free
 
 HOST = "127.0.0.1"
 STARTUP_TIMEOUT_S = 1800.0

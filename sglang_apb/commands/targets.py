@@ -7,12 +7,15 @@ import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import sglang_apb
 import sglang_apb.patches as patches
 from sglang_apb.commands.source_tree import Definition, Tree, absolute, imports
+
+_ROOTS = ("sglang.", "sglang_apb.")
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,31 @@ class Subclass:
 
 @dataclass(frozen=True)
 class OurFile:
-    """A module of the plugin; `imports` are the names that it imports from SGLang, each with its dotted path."""
+    """A module of the plugin. `imports` are the names that it has from SGLang, `own` those from the plugin, each with
+    its dotted path.
+    """
 
     name: str
     tree: ast.Module
     imports: tuple[tuple[str, str], ...]
+    own: tuple[tuple[str, str], ...]
 
     @classmethod
     def read(cls, name: str, path: Path) -> OurFile:
         tree = ast.parse(path.read_text())
-        found = {pair for node in ast.walk(tree) for pair in imports(node) if pair[1].startswith("sglang.")}
-        return cls(name, tree, tuple(sorted(found)))
+        found = sorted({pair for node in ast.walk(tree) for pair in imports(node)})
+        of_sglang, own = (tuple(pair for pair in found if pair[1].startswith(root)) for root in _ROOTS)
+        return cls(name, tree, of_sglang, own)
 
     def subclasses(self) -> Iterator[Subclass]:
         for node in ast.walk(self.tree):
             if not isinstance(node, ast.ClassDef):
                 continue
-            paths = (absolute(base, dict(self.imports)) for base in node.bases)
+            paths = [absolute(base, dict(self.imports + self.own)) for base in node.bases]
             if bases := tuple(path for path in paths if path.startswith("sglang.")):
-                yield Subclass(self.name, bases, frozenset(_methods(node)), frozenset(_used(node)))
+                parts = [node, *(_class_of_ours(path) for path in paths if path.startswith("sglang_apb."))]
+                methods, used = (frozenset(name for part in parts for name in of(part)) for of in (_methods, _used))
+                yield Subclass(self.name, bases, methods, used)
 
     def imported(self, known: Tree) -> Iterator[str]:
         """Paths of what it imports, or takes from a module that it imports."""
@@ -104,6 +113,15 @@ def imported(file: OurFile, known: Tree, other: Tree) -> Iterator[Target]:
         found = known.find(path)
         if found is None or found.is_function or not other.find(path):
             yield Target(file.name, path)
+
+
+def _class_of_ours(path: str) -> ast.ClassDef:
+    """One from which a class of ours has what it overrides of SGLang's."""
+    module, _, name = path.rpartition(".")
+    spec = find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    tree = ast.parse(Path(spec.origin).read_text())
+    return next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def _methods(node: ast.ClassDef) -> Iterator[str]:

@@ -1,47 +1,35 @@
-"""KV transfer from prefill ranks to the decode server: `--disaggregation-transfer-backend zmq`.
+"""KV transfer from prefill ranks to decode ranks: `--disaggregation-transfer-backend zmq`. Read docs/transfer.md first.
 
-    wire        frames: header, messages, checksum, bounds
-    ownership   which pages of a request each prefill rank holds
-    pages       the KV pool (and the aux buffers) as rows of bytes that can be gathered and scattered
-    room_number the number by which both servers know a request
-    heads       which KV heads are where, with tensor parallel sizes that differ
-    compat      what both servers must agree on, and the sentence when they do not
-    config, keys, hosts
-                `--kv-transfer-config`; who is let in; where the sockets listen
-    loop        the thread that owns the sockets of a process
-    observer    metrics and log lines
+    protocol/    what both sides say to each other, and must agree on
+        wire         frames: header, messages, checksum, bounds
+        compat       model, dtype and sizes of two servers, and the sentence when they do not fit
+        ownership    ranges of pages: which prefill rank has which of a request
+        room_number  the number by which both servers know a request
+        config, keys, hosts
+                     `--kv-transfer-config`; who is let in; where sockets listen
+    prefill/     a prefill rank
+        endpoint     its socket: takes decode ranks' asks, and has their pages sent
+        transfer     one request's KV to one decode rank; `request`: to all that ask
+        transfers, notices
+                     those of a rank; what decode ranks have said of requests that are not here yet, or not any more
+        outgoing, peers
+                     what waits to be sent; who is connected
+        layer_stream sends a prompt's layers while later ones are computed
+    decode/      a decode rank
+        endpoint     its sockets: asks prefill ranks, and takes what they send
+        request      one request: what has come, and when it is over; `assembly` counts its bytes
+        peer         a prefill rank that is connected
+    planes/      how pages move
+        base         what a data plane is; `table`: which there are; `choice`, `pair`: which is used
+        zmq, cuda_ipc/, nccl/, file
+                     the planes. `file` is the example to read
+    memory/      pages of a pool: in host memory, on a GPU, by KV heads
+    sglang/      what SGLang calls: manager, sender, receiver, bootstrap server and the directory that asks it
 
-    prefill:
-    sending     answers the decode ranks' asks with announce, blocks, aux, end
-    outbox, blocks
-                one request: what waits to be sent, and may be read; the frames that bring its pages
-    rooms, early
-                a rank's requests; what decode ranks said of those that are not here yet, or not any more
-    decode_peers, lives
-                who is connected, how pages get there, and who is alive
-    fan_out     one request's transfers to several decode ranks
-    layer_stream
-                sends a prompt's layers while later ones are computed
+    loop         the thread that owns an endpoint's sockets; `heartbeats`: who is alive
+    worker       a thread that does one thing after another
+    observer     metrics and log lines
 
-    decode:
-    receiving   asks every prefill rank, checks, writes into the pool, says done
-    inbox, assembly
-                one request: how far it has come; what has arrived, and when it is complete
-    prefill_peer, ways
-                a prefill rank that is connected, and how its pages get here
-
-    data planes beside ZMQ, chosen in planes:
-    direct, cuda_ipc
-                pages that are read where they lie: who is given a handle on them; CUDA's handles
-    exchange, fetcher, nccl, communicator
-                blocks that are fetched when both sides are ready: how the sides meet; what decode asks for; slots and
-                copies on GPUs, with NCCL's calls each in a worker's thread
-    gpu_pages   some heads' pages in GPU memory: where they lie, and how they get into one piece
-
-    manager, sender, receiver, bootstrap, directory
-                SGLang's interfaces (`disaggregation/base/conn.py`) on top of the above
-    reasons     why a request failed on another rank
-    wall        an error in a transfer ends its request, not SGLang's scheduler
-
-Only manager to directory, wall, and communicator import SGLang.
+`planes` knows requests of both sides; endpoints know planes by `base` alone. Only `sglang/`, and NCCL's calls, import
+SGLang.
 """

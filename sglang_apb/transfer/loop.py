@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from sglang_apb.transfer.keys import Keys
-from sglang_apb.transfer.wire import MAX_PARTS, Buffer
+from sglang_apb.transfer.protocol.keys import Keys
+from sglang_apb.transfer.protocol.wire import MAX_PARTS, Buffer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ Handler = Callable[[], None]
 # ZMQ's own thread asks and answers, so a busy scheduler is not taken for a dead one. Who connects (decode) closes a
 # connection over which no answer came for PING_MS + SILENCE_MS, who listens (prefill) one without a ping for WATCH_MS:
 # so much later that decode has closed it, too, whenever prefill itself was stopped for so long that its watch has run
-# out. It would else drop requests that came since. With PROBE_MS (sending.py): under 5 s.
+# out. It would else drop requests that came since. With PROBE_MS (prefill/endpoint.py): under 5 s.
 PING_MS = 750
 SILENCE_MS = 2250
 WATCH_MS = PING_MS + SILENCE_MS + PING_MS + 250
@@ -140,7 +140,7 @@ def guard(socket: zmq.Socket, max_bytes: int) -> None:
     socket.setsockopt(zmq.CONNECT_TIMEOUT, PING_MS + SILENCE_MS)
 
 
-def ask_for_life(socket: zmq.Socket) -> None:
+def ask_for_heartbeats(socket: zmq.Socket) -> None:
     """Before `connect`: lets ZMQ close the connection, on both sides, when the other one is silent.
 
     For a connection of its own. On one where so much may arrive that ZMQ stops reading it, pings end the process if the

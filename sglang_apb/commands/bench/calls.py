@@ -29,7 +29,7 @@ from sglang_apb.kernels import TRITON
 from sglang_apb.kernels.page_copy import copy_pages_reference, copy_pages_triton
 from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import RankGroup
-from sglang_apb.transfer.gpu_pages import GpuSide
+from sglang_apb.transfer.memory.gpu_pages import GpuSide
 
 T = TypeVar("T")
 

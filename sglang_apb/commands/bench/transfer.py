@@ -10,50 +10,15 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from sglang_apb.commands.bench.arguments import count
 from sglang_apb.commands.bench.table import markdown
+from sglang_apb.commands.bench.transfer_prompts import PLAIN_NCCL, PROMPTS, RAW, Time
 from sglang_apb.commands.report import write_result
 
 HELP = "KV from process to process, against a raw socket and Mooncake; of GPUs, against NCCL"
-RAW = "raw TCP socket"
-NCCL = "NCCL send and receive"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """KV of `num_tokens` tokens: `num_buffers` buffers (K and V of each layer), `item_len` bytes a token in each."""
-
-    name: str
-    num_buffers: int
-    item_len: int
-    num_tokens: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_buffers * self.item_len * self.num_tokens
-
-
-# bfloat16: KV heads x head size x 2 bytes.
-PROMPTS = {
-    "smollm2": Prompt("SmolLM2, 6,000 tokens", num_buffers=2 * 30, item_len=3 * 64 * 2, num_tokens=6000),
-    "1gb": Prompt("Llama-3.1-8B, 8,192 tokens", num_buffers=2 * 32, item_len=8 * 128 * 2, num_tokens=8192),
-    "17gb": Prompt("Llama-3.1-8B, 131,072 tokens", num_buffers=2 * 32, item_len=8 * 128 * 2, num_tokens=131072),
-}
-
-
-@dataclass(frozen=True)
-class Time:
-    prompt: str
-    way: str
-    num_bytes: int
-    seconds: list[float]
-
-    @property
-    def gb_per_s(self) -> float:
-        return self.num_bytes / statistics.median(self.seconds) / 1e9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(times: Sequence[Time]) -> str:
     """The table: a row for each prompt and way, with its rate as a share of the raw socket's or NCCL's."""
-    base = NCCL if any(time.way == NCCL for time in times) else RAW
+    base = PLAIN_NCCL if any(time.way == PLAIN_NCCL for time in times) else RAW
     of_base = {time.prompt: time.gb_per_s for time in times if time.way == base}
     rows = [
         [

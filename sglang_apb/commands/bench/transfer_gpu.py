@@ -12,17 +12,15 @@ import numpy as np
 import torch
 
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
-from sglang_apb.commands.bench.transfer import Prompt
-from sglang_apb.transfer import planes
-from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.config import AUTO, CUDA_IPC, NCCL, TransferConfig
-from sglang_apb.transfer.direct import Memory
-from sglang_apb.transfer.exchange import Meeting
-from sglang_apb.transfer.gpu_pages import CudaPages
-from sglang_apb.transfer.pages import HostPages
-from sglang_apb.transfer.ways import Ways
-from sglang_apb.transfer.wire import PageIds
+from sglang_apb.commands.bench.transfer_prompts import PLAIN_NCCL, Prompt
+from sglang_apb.transfer.memory.gpu_pages import CudaPages
+from sglang_apb.transfer.memory.pages import HostPages
+from sglang_apb.transfer.planes import choice
+from sglang_apb.transfer.planes.base import OpenSend, Pool
+from sglang_apb.transfer.planes.pair import ReceivePlanes
+from sglang_apb.transfer.protocol.compat import Compat
+from sglang_apb.transfer.protocol.config import TransferConfig
+from sglang_apb.transfer.protocol.wire import PageIds
 
 # So many blocks of 256 MB that messages hide behind NVLink: see docs/transfer.md.
 LARGE_BUFFER_MB = 1024
@@ -46,21 +44,16 @@ class GpuPool:
         for index, buffer in enumerate(self.whole):
             buffer.fill_((fill + index) % 256)
         torch.cuda.synchronize()
-        self.pages = CudaPages(list(self.whole), lens)
+        self.pool = Pool(CudaPages(list(self.whole), lens), _HEADS, page_size=1)
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
 
-    def to_offer(self) -> tuple[Memory | None, Meeting | None]:
-        """The prefill side's."""
-        config = TransferConfig(data_plane=NCCL, nccl_buffer_mb=LARGE_BUFFER_MB)
-        meeting = planes.meeting(self.pages, _HEADS, 1, config)
-        return planes.memory_to_offer(self.pages, _HEADS, AUTO), meeting
+    def send_planes(self) -> list[OpenSend]:
+        """The prefill side's: whatever decode asks for."""
+        return choice.send_planes(self.pool, TransferConfig(allow_unencrypted=True, nccl_buffer_mb=LARGE_BUFFER_MB))
 
-    def mapping(self) -> Ways:
-        return planes.ways(self.pages, _HEADS, 1, TransferConfig(data_plane=CUDA_IPC))
-
-    def channels(self, buffer_mb: int) -> Ways:
-        return planes.ways(self.pages, _HEADS, 1, TransferConfig(data_plane=NCCL, nccl_buffer_mb=buffer_mb))
+    def receive_planes(self, name: str, buffer_mb: int = 256) -> ReceivePlanes:
+        return choice.receive_planes(self.pool, TransferConfig(data_plane=name, nccl_buffer_mb=buffer_mb))
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)

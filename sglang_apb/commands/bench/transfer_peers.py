@@ -18,18 +18,21 @@ from tqdm import tqdm
 
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import transfer_gpu
-from sglang_apb.commands.bench.transfer import NCCL as PLAIN_NCCL
-from sglang_apb.commands.bench.transfer import RAW, Prompt, Time
 from sglang_apb.commands.bench.transfer_gpu import LARGE_BUFFER_MB, GpuPool, page_ids
-from sglang_apb.transfer import keys
-from sglang_apb.transfer.compat import Compat
-from sglang_apb.transfer.config import CUDA_IPC, NCCL, ZMQ, TransferConfig
-from sglang_apb.transfer.inbox import ReceiveState
-from sglang_apb.transfer.outbox import SendState
-from sglang_apb.transfer.pages import Bytes, HostPages, PageIds
-from sglang_apb.transfer.receiving import ReceivingEndpoint
-from sglang_apb.transfer.sending import SendingEndpoint
-from sglang_apb.transfer.ways import ZMQ_ONLY, Ways
+from sglang_apb.commands.bench.transfer_prompts import PLAIN_NCCL, RAW, Prompt, Time
+from sglang_apb.transfer.decode.endpoint import DecodeEndpoint
+from sglang_apb.transfer.decode.request import RequestState
+from sglang_apb.transfer.memory.pages import Bytes, HostPages, PageIds
+from sglang_apb.transfer.planes import choice
+from sglang_apb.transfer.planes.base import OpenSend
+from sglang_apb.transfer.planes.base import Pool as KVPool
+from sglang_apb.transfer.planes.pair import ReceivePlanes
+from sglang_apb.transfer.planes.table import ZMQ
+from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
+from sglang_apb.transfer.prefill.transfer import TransferState
+from sglang_apb.transfer.protocol import keys
+from sglang_apb.transfer.protocol.compat import Compat
+from sglang_apb.transfer.protocol.config import TransferConfig
 
 HOST = "127.0.0.1"
 COPY, OVER_ZMQ, SCATTERED, CURVE, MOONCAKE = (
@@ -61,13 +64,15 @@ class Pool:
         size = prompt.item_len * prompt.num_tokens
         self.buffers: list[Bytes] = [np.full(size, fill + index, np.uint8) for index in range(prompt.num_buffers)]
         lens = [prompt.item_len] * prompt.num_buffers
-        self.pages = HostPages(self.buffers, lens)
+        self.pool = KVPool(HostPages(self.buffers, lens), range(1), page_size=1)
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
 
-    def to_offer(self) -> tuple[()]:
-        """Nothing but ZMQ."""
-        return ()
+    def send_planes(self) -> list[OpenSend]:
+        return choice.send_planes(self.pool, TransferConfig())
+
+    def receive_planes(self, name: str) -> ReceivePlanes:
+        return choice.receive_planes(self.pool, TransferConfig(data_plane=name))
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)
@@ -118,18 +123,20 @@ def _cpu_ways(pool: Pool, pipe: Connection, folder: Path) -> Starts:
 
 def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
     once = pool, pipe, None
-    usual, large = (pool.channels(buffer_mb) for buffer_mb in (TransferConfig().nccl_buffer_mb, LARGE_BUFFER_MB))
+    ipc: dict[str, Any] = {"plane": IPC}
+    usual: dict[str, Any] = {"plane": CHANNEL}
+    large = usual | {"buffer_mb": LARGE_BUFFER_MB}
     return {
         PLAIN_NCCL: partial(transfer_gpu.receiving, pool, pipe),
-        IPC: partial(_zmq, *once, scattered=False, ways=pool.mapping()),
-        IPC_SCATTERED: partial(_zmq, *once, scattered=True, ways=pool.mapping()),
-        f"{IPC}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=pool.mapping(), at_once=AT_ONCE),
-        CHANNEL: partial(_zmq, *once, scattered=False, ways=usual),
-        CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, ways=usual),
-        f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=usual, at_once=AT_ONCE),
-        LARGE_CHANNEL: partial(_zmq, *once, scattered=False, ways=large),
-        LARGE_SCATTERED: partial(_zmq, *once, scattered=True, ways=large),
-        f"{LARGE_SCATTERED}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, ways=large, at_once=AT_ONCE),
+        IPC: partial(_zmq, *once, scattered=False, **ipc),
+        IPC_SCATTERED: partial(_zmq, *once, scattered=True, **ipc),
+        f"{IPC}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, at_once=AT_ONCE, **ipc),
+        CHANNEL: partial(_zmq, *once, scattered=False, **usual),
+        CHANNEL_SCATTERED: partial(_zmq, *once, scattered=True, **usual),
+        f"{CHANNEL}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, at_once=AT_ONCE, **usual),
+        LARGE_CHANNEL: partial(_zmq, *once, scattered=False, **large),
+        LARGE_SCATTERED: partial(_zmq, *once, scattered=True, **large),
+        f"{LARGE_SCATTERED}, {AT_ONCE} at once": partial(_zmq, *once, scattered=True, at_once=AT_ONCE, **large),
         OVER_ZMQ: partial(_zmq, *once, scattered=False),
     }
 
@@ -156,7 +163,7 @@ def _prefill_side(prompt: Prompt, device: str) -> Iterator[tuple[Connection, Pat
 def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
     """The child: answers (way, argument) until it is killed."""
     pool: Any = make_pool(prompt, 1, device)
-    endpoints: dict[bool, SendingEndpoint] = {}
+    endpoints: dict[bool, PrefillEndpoint] = {}
     while True:
         way, argument = pipe.recv()
         if way == RAW:
@@ -167,8 +174,8 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
             transfer_gpu.send(pool, argument, pipe)
         elif isinstance(argument, bool):  # where to connect, with or without keys
             if argument not in endpoints:
-                endpoints[argument] = SendingEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
-                endpoints[argument].start_sending(pool.pages, pool.aux, pool.compat, range(1), *pool.to_offer())
+                endpoints[argument] = PrefillEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
+                endpoints[argument].start_sending(pool.pool, pool.aux, pool.compat, pool.send_planes())
             pipe.send(endpoints[argument].port)
         else:
             _send_zmq(endpoints[way], pool, pipe, *argument)
@@ -222,40 +229,42 @@ def _zmq(
     folder: Path | None,
     *,
     scattered: bool,
-    ways: Ways = ZMQ_ONLY,
+    plane: str = ZMQ,
     at_once: int = 1,
+    **settings: int,
 ) -> Iterator[Callable[[], float]]:
     ours = _keys(folder, "decode") if folder else None
     theirs = _keys(folder, "prefill") if folder else None
     pipe.send((OVER_ZMQ, folder is not None))
     address = (HOST, pipe.recv(), theirs.public if theirs else "")
-    receiver = ReceivingEndpoint(pool.pages, pool.aux, pool.compat, range(1), ours, ways=ways)
+    planes = pool.receive_planes(plane, **settings)
+    receiver = DecodeEndpoint(pool.pool, pool.aux, pool.compat, ours, planes=planes)
     receiver.start()
     rooms = iter(range(1, 1 << 30))
     ids = pool.ids(scattered=scattered)
-    plane = ""
+    used = ""
 
     def once() -> float:
-        nonlocal plane
+        nonlocal used
         numbers = [next(rooms) for _ in range(at_once)]
         pipe.send((folder is not None, (numbers, scattered)))
         opened = [receiver.open(number, [address], ids, 0) for number in numbers]
         pipe.recv()  # all are asked for, as they are in a server when the prefill ends
         started = time.perf_counter()
         pipe.send("go")
-        while any(room.state is ReceiveState.RECEIVING for room in opened):
+        while any(request.state is RequestState.RECEIVING for request in opened):
             time.sleep(pool.poll_s)
         seconds = time.perf_counter() - started
-        for room in opened:
-            if room.state is ReceiveState.FAILED:
-                raise CommandError(f"the transfer failed: {room.reason}")
-            plane = room.data_plane
-            receiver.close(room)
+        for request in opened:
+            if request.state is RequestState.FAILED:
+                raise CommandError(f"the transfer failed: {request.reason}")
+            used = request.data_plane
+            receiver.close(request)
         return seconds / at_once
 
     try:
         deadline = time.monotonic() + _MAPPING_S
-        while plane != (CUDA_IPC if ways.map_memory else NCCL if ways.meeting else ZMQ):  # it is found meanwhile
+        while used != plane:  # it is found meanwhile
             once()
             if time.monotonic() > deadline:
                 raise OSError("pages came over zmq")
@@ -265,23 +274,23 @@ def _zmq(
 
 
 def _send_zmq(
-    endpoint: SendingEndpoint, pool: Pool | GpuPool, pipe: Connection, numbers: Sequence[int], scattered: bool
+    endpoint: PrefillEndpoint, pool: Pool | GpuPool, pipe: Connection, numbers: Sequence[int], scattered: bool
 ) -> None:
     opened = [endpoint.open(number) for number in numbers]
     ids = pool.ids(scattered=scattered)
     pages = (0, len(ids))
-    while any(room.state is SendState.UNASKED for room in opened):
+    while any(transfer.state is TransferState.UNASKED for transfer in opened):
         time.sleep(pool.poll_s)
     pipe.send("asked")
     pipe.recv()
-    for room in opened:
-        endpoint.announce(room, [pages])
-        endpoint.send_pages(room, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
-        endpoint.finish(room, 0, {})
-    for room in opened:
-        while room.state is SendState.ASKED:
+    for transfer in opened:
+        endpoint.announce(transfer, [pages])
+        endpoint.send_pages(transfer, pages, lambda: ids, range(pool.prompt.num_buffers // 2))
+        endpoint.finish(transfer, 0, {})
+    for transfer in opened:
+        while transfer.state is TransferState.ASKED:
             time.sleep(pool.poll_s)
-        endpoint.close(room)
+        endpoint.close(transfer)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Pages of a KV pool: in host memory, on a GPU, by KV heads."""

@@ -1,0 +1,1 @@
+"""What SGLang calls (`disaggregation/base/conn.py`), on top of the endpoints."""
