@@ -7,6 +7,7 @@ with the prefill backend.
 
 from __future__ import annotations
 
+import multiprocessing
 from typing import Any
 
 
@@ -20,6 +21,7 @@ def install(server_args: Any) -> None:
 def _wanted_patches(server_args: Any) -> list[Any]:
     from sglang_apb.patches import (
         answer_metadata,
+        body_errors,
         insides,
         kv_ownership,
         model_parallel,
@@ -61,4 +63,6 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         wanted += pd_decode.PATCHES
     if options.is_set or our_transfer:
         wanted += (*request_checks.PATCHES, *answer_metadata.PATCHES)
+        if multiprocessing.parent_process() is None:  # ranks answer no HTTP
+            wanted += body_errors.PATCHES
     return wanted

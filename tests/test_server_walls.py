@@ -18,6 +18,7 @@ from sglang_apb.commands.servers import HOST, LocalCluster
 
 pytestmark = pytest.mark.server
 CONFIG = ("--prefill-backend-config", ALL_PASSED)
+JSON = {"Content-Type": "application/json"}
 PROMPT = [(5 + i * 37) % 40000 for i in range(900)]
 FAILED = "The prefill failed (RuntimeError: a fault of this test)."
 # The first rank answers clients of one server; decode tells what it has heard first.
@@ -107,6 +108,24 @@ def check_refused(url: str, what: str) -> None:
 
 def halves_of(pair: LocalCluster) -> tuple[Server, Server]:
     return server_of(pair, 1, "prefill"), server_of(pair, 2, "decode")
+
+
+BAD_BODIES = [
+    "null",
+    "[]",
+    "3",
+    '"text"',
+    '{"messages": [{"role": "user", "content": "Hi"}], "response_format": [1]}',
+    '{"messages": [{"role": "user", "content": "Hi"}], "response_format": 3}',
+    '{"messages": [{"role": "user", "content": "Hi"}], "response_format": {"type": "json_schema", "schema": [1]}}',
+]
+
+
+@pytest.mark.parametrize("body", BAD_BODIES)
+def test_a_chat_of_another_form_is_answered_with_a_sentence(body: str, single: str) -> None:
+    """SGLang reads it before it looks at its types."""
+    response = requests.post(f"{single}/v1/chat/completions", data=body, headers=JSON, timeout=60)
+    assert response.status_code == 400 and response.json()["message"], response.text
 
 
 def test_choices_through_a_cluster(pair: LocalCluster) -> None:
