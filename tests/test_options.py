@@ -361,12 +361,12 @@ def test_without_an_option_of_ours_nothing_is_read_of_the_model(monkeypatch: pyt
 
     from sglang_apb.patches import insides, server_args
 
-    from sglang_apb import plugin
+    from sglang_apb import installing
 
     read: list[str] = []
     view = SimpleNamespace(disaggregation_transfer_backend="mooncake", disaggregation_mode="null")
     monkeypatch.setattr(insides, "resolved", lambda record: view)
     monkeypatch.setattr(insides, "model_config_of", lambda record: read.append("model"))
-    monkeypatch.setattr(plugin, "install", lambda record: read.append("patches"))
+    monkeypatch.setattr(installing, "install", lambda record: read.append("patches"))
     server_args._check_and_install(SimpleNamespace(), lambda record: None)
     assert read == ["patches"]
