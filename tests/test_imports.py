@@ -1,9 +1,12 @@
-"""No file of the package needs itself: imports have no circle, those inside functions and for type checks included."""
+"""No file of the package needs itself: imports have no circle, those inside functions and for type checks included.
+And no folder of it is left out of what is installed.
+"""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +50,10 @@ def test_a_circle_is_found() -> None:
     sources = {"a": "def f():\n    from b import g", "b": "import a"}
     graph = {name: set(imported(name, source, known)) for name, source in sources.items()}
     assert graph == {"a": {"b"}, "b": {"a"}}
+
+
+def test_every_folder_is_installed() -> None:
+    """An editable installation has them all, a wheel those that are named."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {name for name, path in modules().items() if path.name == "__init__.py"}
+    assert sorted(named) == sorted(there)

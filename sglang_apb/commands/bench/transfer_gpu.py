@@ -15,11 +15,8 @@ from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench.transfer_prompts import PLAIN_NCCL, Prompt
 from sglang_apb.transfer.memory.gpu_pages import CudaPages
 from sglang_apb.transfer.memory.pages import HostPages
-from sglang_apb.transfer.planes import choice
-from sglang_apb.transfer.planes.base import OpenSend, Pool
-from sglang_apb.transfer.planes.pair import ReceivePlanes
+from sglang_apb.transfer.planes.base import Pool
 from sglang_apb.transfer.protocol.compat import Compat
-from sglang_apb.transfer.protocol.config import TransferConfig
 from sglang_apb.transfer.protocol.wire import PageIds
 
 # So many blocks of 256 MB that messages hide behind NVLink: see docs/transfer.md.
@@ -47,13 +44,6 @@ class GpuPool:
         self.pool = Pool(CudaPages(list(self.whole), lens), _HEADS, page_size=1)
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
-
-    def send_planes(self) -> list[OpenSend]:
-        """The prefill side's: whatever decode asks for."""
-        return choice.send_planes(self.pool, TransferConfig(allow_unencrypted=True, nccl_buffer_mb=LARGE_BUFFER_MB))
-
-    def receive_planes(self, name: str, buffer_mb: int = 256) -> ReceivePlanes:
-        return choice.receive_planes(self.pool, TransferConfig(data_plane=name, nccl_buffer_mb=buffer_mb))
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)

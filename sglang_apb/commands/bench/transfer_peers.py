@@ -24,9 +24,7 @@ from sglang_apb.transfer.decode.endpoint import DecodeEndpoint
 from sglang_apb.transfer.decode.request import RequestState
 from sglang_apb.transfer.memory.pages import Bytes, HostPages, PageIds
 from sglang_apb.transfer.planes import choice
-from sglang_apb.transfer.planes.base import OpenSend
 from sglang_apb.transfer.planes.base import Pool as KVPool
-from sglang_apb.transfer.planes.pair import ReceivePlanes
 from sglang_apb.transfer.planes.table import ZMQ
 from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
 from sglang_apb.transfer.prefill.transfer import TransferState
@@ -67,12 +65,6 @@ class Pool:
         self.pool = KVPool(HostPages(self.buffers, lens), range(1), page_size=1)
         self.aux = HostPages([np.zeros(_AUX_BYTES, np.uint8)], [_AUX_BYTES])
         self.compat = Compat("bench", "bench", "bfloat16", 1, 1, lens, [_AUX_BYTES])
-
-    def send_planes(self) -> list[OpenSend]:
-        return choice.send_planes(self.pool, TransferConfig())
-
-    def receive_planes(self, name: str) -> ReceivePlanes:
-        return choice.receive_planes(self.pool, TransferConfig(data_plane=name))
 
     def ids(self, *, scattered: bool) -> PageIds:
         return page_ids(self.prompt, scattered=scattered)
@@ -125,7 +117,7 @@ def _gpu_ways(pool: GpuPool, pipe: Connection) -> Starts:
     once = pool, pipe, None
     ipc: dict[str, Any] = {"plane": IPC}
     usual: dict[str, Any] = {"plane": CHANNEL}
-    large = usual | {"buffer_mb": LARGE_BUFFER_MB}
+    large = usual | {"nccl_buffer_mb": LARGE_BUFFER_MB}
     return {
         PLAIN_NCCL: partial(transfer_gpu.receiving, pool, pipe),
         IPC: partial(_zmq, *once, scattered=False, **ipc),
@@ -164,6 +156,8 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
     """The child: answers (way, argument) until it is killed."""
     pool: Any = make_pool(prompt, 1, device)
     endpoints: dict[bool, PrefillEndpoint] = {}
+    # Whatever decode asks for.
+    planes = choice.send_planes(pool.pool, TransferConfig(allow_unencrypted=True, nccl_buffer_mb=LARGE_BUFFER_MB))
     while True:
         way, argument = pipe.recv()
         if way == RAW:
@@ -175,7 +169,7 @@ def serve(pipe: Connection, prompt: Prompt, folder: Path, device: str) -> None:
         elif isinstance(argument, bool):  # where to connect, with or without keys
             if argument not in endpoints:
                 endpoints[argument] = PrefillEndpoint(HOST, keys=_keys(folder, "prefill") if argument else None)
-                endpoints[argument].start_sending(pool.pool, pool.aux, pool.compat, pool.send_planes())
+                endpoints[argument].start_sending(pool.pool, pool.aux, pool.compat, planes)
             pipe.send(endpoints[argument].port)
         else:
             _send_zmq(endpoints[way], pool, pipe, *argument)
@@ -231,13 +225,13 @@ def _zmq(
     scattered: bool,
     plane: str = ZMQ,
     at_once: int = 1,
-    **settings: int,
+    **settings: Any,
 ) -> Iterator[Callable[[], float]]:
     ours = _keys(folder, "decode") if folder else None
     theirs = _keys(folder, "prefill") if folder else None
     pipe.send((OVER_ZMQ, folder is not None))
     address = (HOST, pipe.recv(), theirs.public if theirs else "")
-    planes = pool.receive_planes(plane, **settings)
+    planes = choice.receive_planes(pool.pool, TransferConfig(data_plane=plane, **settings))
     receiver = DecodeEndpoint(pool.pool, pool.aux, pool.compat, ours, planes=planes)
     receiver.start()
     rooms = iter(range(1, 1 << 30))
