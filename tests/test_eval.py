@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from scipy.stats import t as student
 
 from sglang_apb import cli
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.eval import needles, prompts, ruler
+from sglang_apb.commands.eval import contestants, needles, prompts, ruler
 from sglang_apb.commands.eval.questions import Answer, AnswerFile, Question
 from sglang_apb.commands.eval.scores import Score, difference, mean_score
 
@@ -189,13 +191,41 @@ def test_a_run_goes_on_where_it_was_broken_off(
     url = f"apb={openai_server(breaks_off)}"
     assert run("--url", url, "--at-once", "1") == 1
     output, error = capsys.readouterr()
-    assert "broke off its answer to needle/512/0" in error and "| needle     | 100.0 |" in output
+    assert "broke off its answer to needle/512/1" in error and "| needle     | 100.0 |" in output
     costs = json.loads((tmp_path / "result.json").read_text())["costs"]
-    assert [(row["length"], row["num_answers"]) for row in costs] == [(256, 3)], "what was measured is kept"
+    kept = {row["length"]: row["num_answers"] for row in costs}
+    assert kept == {256: 2, 512: 1}, "what was measured is kept, and is of every length"
     assert run("--url", url, "--at-once", "1") == 0
     assert len(asked) == 7 and asked[3] == asked[4] and len(set(asked)) == 6
     assert run("--url", url) == 0, "all is answered, nobody is asked"
     assert len(asked) == 7
+
+
+@pytest.mark.parametrize(("servers_per_gpu", "gpus"), [(1, [[0, 2], [0, 2], [0]]), (2, [[0, 0, 2, 2], [0]])], ids=str)
+def test_servers_are_spread_over_gpus(
+    servers_per_gpu: int, gpus: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two ranks, on four GPUs."""
+
+    class Server(nullcontext[None]):
+        url = ""
+
+        def __init__(self, gpu: int):
+            super().__init__()
+            self.gpu = gpu
+
+        def wait_ready(self) -> None:
+            started[-1].append(self.gpu)
+
+    started: list[list[int]] = []
+    monkeypatch.setattr(contestants, "num_gpus", lambda: 4)
+    monkeypatch.setattr(contestants, "_server", lambda contestant, args, log_dir, gpu, number: Server(gpu))
+    args = argparse.Namespace(url=None, sp_size=2, servers_per_gpu=servers_per_gpu, server_args=[])
+    waves = contestants.running([contestants.Contestant(name) for name in "abcde"], args, Path())
+    started.append([])
+    for _ in waves:
+        started.append([])
+    assert started[:-1] == gpus
 
 
 def test_a_server_that_is_not_there_is_named(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,13 @@ def add_server_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         "others are compared with",
     )
     parser.add_argument("--sp-size", type=count, default=1, help="ranks of each APB server started here")
+    parser.add_argument(
+        "--servers-per-gpu",
+        type=count,
+        default=1,
+        help="servers started here that share a GPU, for small models; say after -- what each may hold "
+        "(--max-total-tokens). Their times say little then",
+    )
     parser.add_argument("--port", type=count, default=30100, help="of the first server started here; each takes two")
     parser.add_argument(
         "--output",
@@ -115,13 +122,13 @@ def running(
     if args.url:
         return
     gpus_each = max(args.sp_size, _gpus_of(args.server_args))
-    at_once = max(num_gpus() // gpus_each, 1)
+    at_once = max(num_gpus() // gpus_each, 1) * args.servers_per_gpu
     for first in range(0, len(contestants), at_once):
         with ExitStack() as stack:
-            servers = [
-                (contestant, _server(contestant, args, log_dir, place * gpus_each, first + place))
-                for place, contestant in enumerate(contestants[first : first + at_once])
-            ]
+            servers = []
+            for place, contestant in enumerate(contestants[first : first + at_once]):
+                gpu = place // args.servers_per_gpu * gpus_each
+                servers.append((contestant, _server(contestant, args, log_dir, gpu, first + place)))
             for contestant, server in servers:
                 log = log_dir / contestant.name
                 print(f"starting the {contestant.name} server, its prefix cache off, log in {log}", flush=True)

@@ -96,8 +96,11 @@ class AnswerFile:
             raise CommandError(f"{self.path}, line {number} is no JSON: {error}") from error
 
     def missing(self, questions: Iterable[Question]) -> list[Question]:
-        """Those that are not answered yet."""
-        return [question for question in questions if self.get(question) is None]
+        """Those that are not answered yet, the first of each task before the second: a run that is broken off has some
+        of every task.
+        """
+        missing = [question for question in questions if self.get(question) is None]
+        return sorted(missing, key=lambda question: question.index)
 
     def get(self, question: Question) -> Answer | None:
         answer = self._answers.get(question.key)
