@@ -21,7 +21,7 @@ from sglang_apb.transfer.decode.peer import PrefillPeer
 from sglang_apb.transfer.decode.request import RequestState
 from sglang_apb.transfer.memory.gpu_pages import CudaPages
 from sglang_apb.transfer.memory.heads import Shares
-from sglang_apb.transfer.planes import choice
+from sglang_apb.transfer.planes import choice, nccl
 from sglang_apb.transfer.planes.base import OpenSend, Pool
 from sglang_apb.transfer.planes.nccl.channel import NcclReceiver, NcclSender
 from sglang_apb.transfer.prefill.endpoint import PrefillEndpoint
@@ -199,16 +199,16 @@ def test_nccl_needs_to_be_named_or_an_open_network() -> None:
         *(("nccl", {}, True), ("nccl", keys, True)),
     ):
         config = TransferConfig(data_plane=plane, **settings)
-        assert (choice.meeting(pages, range(NUM_HEADS), PAGE_SIZE, config) is not None) == is_possible
-        ways = choice.ways(pages, range(NUM_HEADS), PAGE_SIZE, config)
-        assert (ways.meeting is not None) == is_possible and ways.zmq_too == (plane == "auto")
+        pool = Pool(pages, range(NUM_HEADS), PAGE_SIZE)
+        assert (nccl.channel_maker(pool, config) is not None) == is_possible
+        assert choice.receive_planes(pool, config).zmq_too == (plane == "auto")
 
 
 def test_a_buffer_that_holds_no_pages_is_refused() -> None:
     page_bytes = 5 << 20
     pages = CudaPages([torch.zeros(2 * page_bytes, dtype=torch.uint8, device="cuda")] * 2, [page_bytes] * 2)
     with pytest.raises(ValueError, match=r"nccl_buffer_mb 16 .* holds no 4 pages of 5242880 bytes: use 20 or more"):
-        choice.meeting(pages, range(1), 1, TransferConfig(data_plane="nccl", nccl_buffer_mb=16))
+        nccl.channel_maker(Pool(pages, range(1), 1), TransferConfig(data_plane="nccl", nccl_buffer_mb=16))
 
 
 @PLANES

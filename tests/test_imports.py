@@ -1,5 +1,5 @@
 """No file of the package needs itself: imports have no circle, those inside functions and for type checks included.
-And no folder of it is left out of what is installed.
+No folder of it is left out of what is installed. And what the tests for GPUs call of its modules is there.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import ast
 import graphlib
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -57,3 +58,29 @@ def test_every_folder_is_installed() -> None:
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {name for name, path in modules().items() if path.name == "__init__.py"}
     assert sorted(named) == sorted(there)
+
+
+def called(source: str, known: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """Each module that is imported from its package, and what is called of it by its name."""
+    tree = ast.parse(source)
+    names = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and names.get(node.value.id) in known:
+            yield names[node.value.id], node.attr
+
+
+def test_what_the_tests_for_gpus_call_is_there() -> None:
+    """They run nowhere else, and would keep a name that has gone."""
+    known = modules()
+    calls = {
+        (path.name, module, name)
+        for path in (ROOT / "tests").glob("test_gpu*.py")
+        for module, name in called(path.read_text(), known)
+    }
+    assert len(calls) > 5
+    assert not [call for call in sorted(calls) if not hasattr(import_module(call[1]), call[2])]
