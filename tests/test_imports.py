@@ -82,5 +82,5 @@ def test_what_the_tests_for_gpus_call_is_there() -> None:
         for path in (ROOT / "tests").glob("test_gpu*.py")
         for module, name in called(path.read_text(), known)
     }
-    assert len(calls) > 5
+    assert calls
     assert not [call for call in sorted(calls) if not hasattr(import_module(call[1]), call[2])]
