@@ -10,8 +10,8 @@
 #   long      APB alone, 256K; with PREFILL_LENGTHS as a pair's prefill server, which keeps what each rank owns
 #   answers   SmolLM2 (its folder in MODEL) against plain SGLang, with and without disaggregation, and a CPU's answers
 #   chats     200 chats with SmolLM2 through a prefill/decode cluster, many at once, against plain SGLang's answers
-#   ruler     RULER with the model in MODEL, at LENGTHS, SAMPLES prompts a task: exact, the defaults, and short fixed
-#             blocks chosen by keys. OUT_DIR/ruler of an earlier run goes on where it ended
+#   ruler     RULER with the model in MODEL, at LENGTHS, SAMPLES prompts a task: exact, the defaults, and a cheaper
+#             configuration, side by side on one GPU. OUT_DIR/ruler of an earlier run goes on where it ended
 #
 # GPUS is 1 if not set. SHAPE: of ttft and long, llama-3.1-8b if not set; with qwen3-8b on several GPUs plain SGLang's
 # context parallelism is there to compare with. BACKENDS: of plain SGLang, as for `bench ttft`. Servers have SGLang's
@@ -59,9 +59,10 @@ run_chats() {
 }
 run_ruler() {
   step ruler "${RULER_SECONDS:-1500}" python3 -m sglang_apb.cli eval ruler --model "$MODEL" --output "$out/ruler" \
-    --lengths "${LENGTHS:-16384,32768}" --num-samples "${SAMPLES:-20}" --at-once 8 \
-    --config 'old={"min_tokens": 0}' \
-    --config 'key_diff={"min_tokens": 0, "block": 2048, "anchor": 512, "passing": 256, "selector": "key_diff"}'
+    --lengths "${LENGTHS:-16384,32768}" --num-samples "${SAMPLES:-20}" --at-once 6 --servers-per-gpu 3 \
+    --config 'apb={"min_tokens": 0}' --config 'cheaper={"min_tokens": 0, "passing": 96}' \
+    -- --attention-backend flashinfer --max-total-tokens 350000 --max-running-requests 8 \
+    --cuda-graph-max-bs-decode 8 --cuda-graph-bs-prefill 2048
 }
 
 # SGLang imports every model that it knows in every process, for a minute where the disk is slow.

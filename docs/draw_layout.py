@@ -89,7 +89,7 @@ def legend(top: int) -> list[str]:
 
 
 def main() -> None:
-    layout = plan(36, ApbConfig(anchor=3, passing=2, num_blocks=4, question_tokens=4, min_tokens=0), num_ranks=2)
+    layout = plan(36, ApbConfig(block=8, anchor=3, passing=2, question_tokens=4, min_tokens=0), num_ranks=2)
     side = layout.num_tokens * CELL
     width, height = LEFT + side + 30, TOP + side + 20 + 19 * len(COLOURS) + 8
     body = "\n".join([*cells(layout), *borders(layout), *labels(layout), *legend(TOP + side + 16)])

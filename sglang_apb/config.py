@@ -16,36 +16,33 @@ ANCHOR_MODES = ("shared", "recomputed")
 BALANCES = ("zigzag", "contiguous")
 ORDERS = ("one_pass", "two_pass")
 ENGINES = ("torch", "flashinfer")
-DEFAULT_NUM_BLOCKS = 16
-# A short prompt gets fewer blocks than that: what a block hands on must be little beside what it holds.
-MIN_DEFAULT_BLOCK = 512
+DEFAULT_MAX_PASSING = 16384
 DEFAULT_QUESTION_TOKENS = 256
 DEFAULT_MIN_TOKENS = 2048
 # Alone on a GPU, exact attention is as fast up to here: its share of a short prompt's work is small.
 DEFAULT_MIN_TOKENS_ONE_GPU = 12288
-# Lengths that follow the prompt are multiples of this, so that they suit attention kernels' tiles.
-LENGTH_STEP = 128
 # Settings with a name, which `--prefill-backend-config` takes in place of JSON.
 PRESETS: dict[str, dict[str, Any]] = {
-    # From 128K tokens on, blocks hand on no more than they do there: work grows little faster than the prompt.
-    "long": {"max_passing": 16384},
+    "paper": {
+        **{"block": None, "anchor": None, "passing": None},
+        **{"selector": "query", "anchor_mode": "recomputed", "order": "two_pass"},
+    },
 }
 
 
 @dataclass(frozen=True)
 class ApbConfig:
-    """Lengths in tokens. None follows the prompt's length n."""
+    """Lengths in tokens. Those of the preset `paper` are None: they follow the prompt's (layout.py)."""
 
-    anchor: int | None = setting(None, "tokens at the prompt's start that every block sees; n/64 if left out")
-    passing: int | str | None = setting(None, 'tokens each block hands on, per KV head, or "all"; n/128 if left out')
+    block: int | None = setting(1024, "tokens of one block; borders stand at its multiples, whatever follows")
+    anchor: int | None = setting(512, "tokens at the prompt's start that every block sees")
+    passing: int | str | None = setting(
+        128, 'tokens each block hands on, per KV head, or "all", which is exact attention'
+    )
     max_passing: int | None = setting(
         None,
-        "tokens that all blocks together hand on at most, per KV head: with block, at every 16th block's start the "
-        "best by score of those before it stay; with num_blocks, each hands on an equal share",
-    )
-    block: int | None = setting(None, "tokens of one block, instead of num_blocks; borders stand at its multiples")
-    num_blocks: int | None = setting(
-        None, "number of blocks, whatever the number of ranks; 16 if left out, of at least 512 tokens"
+        "tokens that all blocks together hand on at most, per KV head: at every 16th block's start the best by score "
+        f"of those before it stay; {DEFAULT_MAX_PASSING} if left out",
     )
     question_tokens: int | None = setting(
         None, "trailing tokens that attend to everything; the last 256, or a quarter of the prompt if less"
@@ -55,7 +52,11 @@ class ApbConfig:
         f"shorter prompts run as exact attention; if left out {DEFAULT_MIN_TOKENS}, {DEFAULT_MIN_TOKENS_ONE_GPU} on "
         "one GPU, where exact attention is as fast below",
     )
-    selector: str = setting("query", f"how passing tokens are chosen: {', '.join(SELECTORS)}")
+    selector: str = setting(
+        "key_diff",
+        "how passing tokens are chosen: key_diff, those whose keys are least like their block's, or the paper's query, "
+        "those that the question attends to most",
+    )
     anchor_mode: str = setting(
         "shared", "shared: send the anchor's KV; recomputed: the paper's anchor, with the question inserted"
     )
@@ -68,7 +69,7 @@ class ApbConfig:
     def __post_init__(self) -> None:
         for name in ("anchor", "question_tokens", "min_tokens"):
             check_int(name, getattr(self, name), minimum=0 if name != "question_tokens" else 1)
-        for name in ("block", "num_blocks", "max_passing"):
+        for name in ("block", "max_passing"):
             check_int(name, getattr(self, name), minimum=1)
         if self.passing != ALL:
             check_int("passing", self.passing, minimum=0, also=f'"{ALL}"')
@@ -78,17 +79,20 @@ class ApbConfig:
         check_choice("order", self.order, ORDERS)
         if self.engine is not None:
             check_choice("engine", self.engine, ENGINES)
-        if self.block is not None and self.num_blocks is not None:
-            raise ConfigError(
-                f"block={self.block} and num_blocks={self.num_blocks} say the same thing twice: give one of them"
-            )
         if self.passing == ALL and self.max_passing is not None:
             raise ConfigError(f'passing="all" hands everything on, max_passing={self.max_passing} not: leave one out')
         if self.order == "two_pass" and self.anchor_mode == "shared":
             raise ConfigError(
-                'order="two_pass" runs the context before the question, so passing tokens can only be chosen by a '
-                'question inside the anchor: add anchor_mode="recomputed", or use order="one_pass"'
+                'order="two_pass" is the paper\'s, whose anchor holds the question: add anchor_mode="recomputed", or '
+                'use order="one_pass"'
             )
+
+    @property
+    def bound(self) -> int | None:
+        """`max_passing` in force; None where everything handed on stays."""
+        if self.passing in (ALL, None):
+            return None
+        return DEFAULT_MAX_PASSING if self.max_passing is None else self.max_passing
 
     def shortest_sparse(self, device: str, num_ranks: int) -> int:
         """Tokens of the shortest prompt that runs sparse; device: SGLang's `--device`."""

@@ -22,14 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from sglang_apb.config import (
-    ALL,
-    DEFAULT_NUM_BLOCKS,
-    DEFAULT_QUESTION_TOKENS,
-    LENGTH_STEP,
-    MIN_DEFAULT_BLOCK,
-    ApbConfig,
-)
+from sglang_apb.config import ALL, DEFAULT_QUESTION_TOKENS, ApbConfig
 
 # With anchor_mode="recomputed" the question is inserted after this many tokens: a chat template's head
 # (APB, modeling_llama.py: 16 for Llama's).
@@ -37,6 +30,9 @@ ANCHOR_HEAD = 16
 # Blocks of a period. Counted from the prompt's start, whatever its length and the number of ranks, so that what a block
 # sees does not change when text is appended.
 BOUND_EVERY = 16
+# The preset `paper`: so many blocks, but none shorter than that; anchor and passing follow the prompt's length, up to a
+# multiple of PAPER_STEP, which suits attention kernels' tiles.
+PAPER_NUM_BLOCKS, PAPER_MIN_BLOCK, PAPER_STEP = 16, 512, 128
 
 
 class LayoutError(ValueError):
@@ -274,25 +270,22 @@ def plan(
             f"question_tokens={wanted} leaves no context in a prompt of {num_tokens} tokens: "
             f"give at most {max(num_tokens - page_size, 0)}, or leave it out"
         )
-    blocks = _split(context_end, config, page_size)
-    anchor = min(_follow(config.anchor, num_tokens, 64), context_end)
+    blocks = _split(context_end, config.block, page_size)
+    anchor = min(_paper_length(num_tokens, 64) if config.anchor is None else config.anchor, context_end)
     recomputed = config.anchor_mode == "recomputed"
     if recomputed:  # the copy stands in front of every block but the first, which must hold the original
         anchor = min(anchor, len(blocks[0]))
-    passing = context_end if config.passing == ALL else _follow(config.passing, num_tokens, 128)
-    has_fixed_blocks = config.block is not None
-    if config.max_passing is not None and not has_fixed_blocks:  # an equal share for each
-        passing = min(passing, config.max_passing // len(blocks))
+    passing = _paper_length(num_tokens, 128) if config.passing is None else config.passing
     return Layout(
         num_tokens=num_tokens,
         context_end=context_end,
         anchor=anchor,
-        passing=passing,
+        passing=context_end if passing == ALL else int(passing),
         blocks=blocks,
         owners=tuple(_owner(i, len(blocks), num_ranks, config.balance) for i in range(len(blocks))),
         num_ranks=num_ranks,
         recomputed=recomputed,
-        max_passing=config.max_passing if has_fixed_blocks else None,
+        max_passing=config.bound,
     )
 
 
@@ -306,26 +299,18 @@ def num_question_tokens(num_tokens: int, config: ApbConfig) -> int:
     return max(min(DEFAULT_QUESTION_TOKENS, num_tokens // 4), 1)
 
 
-def _follow(given: int | str | None, num_tokens: int, divisor: int) -> int:
-    """`given`, or num_tokens / divisor rounded up to LENGTH_STEP."""
-    if given is not None:
-        return int(given)
-    return -(-num_tokens // (divisor * LENGTH_STEP)) * LENGTH_STEP
-
-
-def _split(context_end: int, config: ApbConfig, page_size: int) -> tuple[Span, ...]:
+def _split(context_end: int, block: int | None, page_size: int) -> tuple[Span, ...]:
     num_pages = context_end // page_size
-    if config.block is not None:
-        pages = -(-config.block // page_size)
-        borders = [*range(0, num_pages, pages), num_pages]
-    else:
-        num_blocks = min(config.num_blocks or _num_default_blocks(context_end), num_pages)
+    if block is None:
+        num_blocks = max(min(PAPER_NUM_BLOCKS, context_end // PAPER_MIN_BLOCK, num_pages), 1)
         borders = [i * num_pages // num_blocks for i in range(num_blocks + 1)]
+    else:
+        borders = [*range(0, num_pages, -(-block // page_size)), num_pages]
     return tuple(Span(a * page_size, b * page_size) for a, b in itertools.pairwise(borders))
 
 
-def _num_default_blocks(context_end: int) -> int:
-    return max(min(DEFAULT_NUM_BLOCKS, context_end // MIN_DEFAULT_BLOCK), 1)
+def _paper_length(num_tokens: int, divisor: int) -> int:
+    return -(-num_tokens // (divisor * PAPER_STEP)) * PAPER_STEP
 
 
 def _owner(block: int, num_blocks: int, num_ranks: int, balance: str) -> int:

@@ -23,7 +23,7 @@ def setting(default: Any, text: str) -> Any:
 def parse(option: str, text: str | None, kind: type[T], presets: Mapping[str, Mapping[str, Any]]) -> T:
     """The value of `option`: a JSON object, the path of a file that holds one, or a preset's name.
 
-    Raises ConfigError.
+    What is null is left out. Raises ConfigError.
     """
     if text is None or not text.strip():
         return kind()
@@ -37,7 +37,7 @@ def parse(option: str, text: str | None, kind: type[T], presets: Mapping[str, Ma
     if not isinstance(values, dict):
         example = next(iter(names(kind)))
         raise ConfigError(f'{option} must be a JSON object such as {{"{example}": ...}}, not {_shorten(source)}')
-    return from_mapping(option, values, kind)
+    return from_mapping(option, {key: value for key, value in values.items() if value is not None}, kind)
 
 
 def from_mapping(option: str, values: Mapping[str, Any], kind: type[T]) -> T:

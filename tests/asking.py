@@ -16,7 +16,7 @@ _WORDS = (
 )
 GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
 # Exact attention written by blocks: every token is passed on.
-ALL_PASSED = '{"passing": "all", "num_blocks": 16, "min_tokens": 512}'
+ALL_PASSED = '{"passing": "all", "block": 128, "anchor": 128, "min_tokens": 512}'
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ ONE_HALF_LEAVES_S = 1.0
 LEFT_AFTER_S = 60.0
 # A client that waits for a half whose other half was not asked: not for 30 s each time.
 CONTACT = ("--kv-transfer-config", json.dumps({"contact_seconds": 3}))
-SPARSE = ("--prefill-backend-config", json.dumps({"min_tokens": LONG // 2}))
+SPARSE = ("--prefill-backend-config", json.dumps({"min_tokens": LONG // 2, "block": 128, "anchor": 64, "passing": 16}))
 HONEST = [[(5 + i * 37) % VOCAB_SIZE for i in range(length)] for length in (40, LONG)]
 # Pools of SGLang's and of ours, which start a thread when all others have work, are not full after a seed.
 _SPARE = {"threads of the single server": 16, "threads of the cluster": 40}

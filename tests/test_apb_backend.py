@@ -65,7 +65,7 @@ def build(made: apb.ApbBackend) -> None:
 
 def _build(group: Any) -> None:
     apb.WARM_UP_TOKENS = 700
-    build(backend(group, num_blocks=3))
+    build(backend(group, block=175, anchor=100))
 
 
 def test_ranks_build_together() -> None:
@@ -73,12 +73,12 @@ def test_ranks_build_together() -> None:
 
 
 def test_activations_are_those_of_the_rank_with_most_rows() -> None:
-    made = backend(num_blocks=4)
+    made = backend(block=188)
     plan = made.plan(1000, Wish())
     row = 1.15 * 4 * (2 * 64 + 64 + 64 + 64 + 64)  # residual, input, Q, K and V, attention, output; float32
     question_row = 1.15 * 4 * 2 * (64 + 4 * 4)  # its attention over the context and over itself, in float32
     of_question = len(plan.question) * int(question_row)
     assert made.activation_bytes(plan) == 1000 * int(row) + of_question
-    recomputed = backend(num_blocks=4, anchor=100, anchor_mode="recomputed")
+    recomputed = backend(block=188, anchor=100, anchor_mode="recomputed")
     copied = 100 + len(recomputed.plan(1000, Wish()).question)
     assert recomputed.activation_bytes(recomputed.plan(1000, Wish())) == (1000 + copied) * int(row) + of_question

@@ -93,7 +93,7 @@ def test_flop_of_apb_counted_by_hand() -> None:
     # Two blocks of 3 tokens that see themselves only, and a question of 2 that both ranks compute: 6 + 6 pairs, and
     # 2 * 6 + 3 of the question. Rows: 3 + 2 on each rank. Of the last layer, what follows Q, K and V (128 weights) is
     # for the question alone: 2 rows on each rank, and 15 pairs.
-    config = ApbConfig(anchor=0, passing=0, num_blocks=2, question_tokens=2)
+    config = ApbConfig(block=3, anchor=0, passing=0, question_tokens=2)
     plan = layout.plan(8, config, num_ranks=2)
     first, last = 10 * 2 * 576 + 27 * 4 * 8, 10 * 2 * 128 + 4 * 2 * 448 + 15 * 4 * 8
     assert bench_models.apb_flop(SHAPE, plan) == first + last + 2 * 80 == 19168

@@ -51,7 +51,7 @@ SMALL = {
 SHAPE = DecoderShape.of(SMALL)
 assert SHAPE is not None
 # Two blocks of 3 tokens and a question of 2. Block 0 hands 1 of its 2 tokens outside the anchor on.
-SIX_AND_TWO = ApbConfig(anchor=1, passing=1, num_blocks=2, question_tokens=2)
+SIX_AND_TWO = ApbConfig(block=3, anchor=1, passing=1, question_tokens=2)
 TOLERANCE = 2e-6
 
 
@@ -82,7 +82,7 @@ def model(tmp_path: Path) -> str:
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize(
     "config",
-    [ApbConfig(num_blocks=5, anchor=50, passing=9), ApbConfig(num_blocks=4, anchor=30, anchor_mode="recomputed")],
+    [ApbConfig(block=31, anchor=50, passing=9), ApbConfig(block=39, anchor=30, anchor_mode="recomputed")],
     ids=["shared", "recomputed"],
 )
 def test_pairs_of_all_ranks_are_the_layouts(config: ApbConfig, num_ranks: int) -> None:
@@ -113,7 +113,7 @@ def test_calls_of_a_layer_counted_by_hand() -> None:
 
 
 def test_calls_of_all_ranks_have_the_layouts_pairs() -> None:
-    config = ApbConfig(num_blocks=5, anchor=50, passing=9)
+    config = ApbConfig(block=31, anchor=50, passing=9)
     layout = plan(203, config, num_ranks=2)
     flop = sum(
         case.flop
@@ -160,8 +160,8 @@ def borders_of(calls: bench_calls.LayerCalls) -> list[int]:
     "config",
     [
         ApbConfig(block=32, anchor=16, passing=16, question_tokens=11),
-        ApbConfig(num_blocks=5, anchor=50, passing=9),
-        ApbConfig(num_blocks=4, anchor=30, passing=6, anchor_mode="recomputed"),
+        ApbConfig(block=31, anchor=50, passing=9),
+        ApbConfig(block=39, anchor=30, passing=6, anchor_mode="recomputed"),
     ],
     ids=["aligned", "odd lengths", "recomputed"],
 )
@@ -174,7 +174,7 @@ def test_one_paged_call_sees_what_two_calls_and_a_merge_see(
     layout = plan(203, config, num_ranks=2)
     calls = bench_calls.layer_calls(setting(config), layout, rank)
     cases, note = bench_one_call.one_call_cases(calls)
-    assert cases[1].name == f"one call, pages of {16 if config.block else math.gcd(*borders_of(calls))}"
+    assert cases[1].name == f"one call, pages of {math.gcd(*borders_of(calls))}"
     assert float(note.rpartition(" ")[2]) < TOLERANCE
     assert cases[1].flop == bench_calls.context_case(calls).flop
 
@@ -196,7 +196,7 @@ def test_a_page_table_by_hand() -> None:
 
 
 def test_observing_changes_nothing_and_shows_every_part() -> None:
-    config = ApbConfig(num_blocks=5, anchor=50, passing=9)
+    config = ApbConfig(block=31, anchor=50, passing=9)
     layout = plan(203, config, num_ranks=1)
     engine, selector = attention.create("torch"), selection.create("query")
     rows = bench_calls.random_rows(setting(), num_rows(layout.rows_of(0).tokens))
@@ -273,7 +273,7 @@ def check_parts(time: LayerTime, method: str, *also: str, one_block: bool = Fals
 
 
 def test_parts_on_one_rank_add_up_to_the_layer() -> None:
-    config = ApbConfig(num_blocks=4, question_tokens=32)
+    config = ApbConfig(block=142, anchor=128, passing=128, question_tokens=32)
     apb, exact = bench_parts.together(None, setting(config), [(APB, 600), (EXACT, 600)])
     check_parts(apb, APB)
     check_parts(exact, EXACT)
@@ -287,7 +287,7 @@ def _fails_on_rank_one(group: Any) -> int:
 
 def test_two_ranks_really_run_together_and_measure_their_link(model: str, tmp_path: Path) -> None:
     output = tmp_path / "layer.json"
-    options = ["--prefill-backend-config", '{"num_blocks": 4, "question_tokens": 32}', "--repeats", "2"]
+    options = ["--prefill-backend-config", '{"block": 142, "anchor": 128, "question_tokens": 32}', "--repeats", "2"]
     command = ["bench", "layer", "--model", model, "--lengths", "600", "--ranks", "2,4", "--measure-link"]
     assert cli.main([*command, *options, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
@@ -366,7 +366,7 @@ def test_a_stand_in_counts_what_a_rank_would_receive(rank: int) -> None:
 
 
 def test_a_share_alone_gets_the_projection_on_top() -> None:
-    config = ApbConfig(num_blocks=8, question_tokens=32)
+    config = ApbConfig(block=71, anchor=128, passing=64, question_tokens=32)
     slow = Link(gb_per_s=0.001, latency_us=0.0)
     for method in (APB, EXACT):
         time = bench_parts.alone(setting(config), method, 600, 1, 4, slow)

@@ -41,7 +41,7 @@ def backend(num_ranks: int, page_size: int, config: ApbConfig) -> Any:
 @pytest.mark.parametrize("num_ranks", [2, 3, 5])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_size: int) -> None:
-    layout = plan(5003, ApbConfig(num_blocks=16), num_ranks=num_ranks, page_size=page_size)
+    layout = plan(5003, ApbConfig(block=297), num_ranks=num_ranks, page_size=page_size)
     every = [kept_by(layout, rank) for rank in range(num_ranks)]
     assert len({kept.num_slots for kept in every}) == 1
     context = sorted(token for kept in every for span in kept.context for token in range(span.start, span.end))
@@ -57,7 +57,7 @@ def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_
 
 def test_a_prompt_that_was_batched_or_cut_gets_every_slot() -> None:
     """It runs on the exact path then, which reads what this rank would not have."""
-    kept = kept_by(plan(1000, ApbConfig(num_blocks=4), num_ranks=2), 0)
+    kept = kept_by(plan(1000, ApbConfig(block=188), num_ranks=2), 0)
     req = SimpleNamespace(prefill_notes=Notes(kept=kept))
     alone = SimpleNamespace(reqs=[req], extend_lens=[1000])
     assert kv_ownership._kept_tokens(alone) is kept
@@ -78,7 +78,7 @@ def test_more_own_tokens_than_slots_is_a_mistake() -> None:
 @pytest.mark.parametrize(("num_ranks", "page_size"), [(2, 1), (2, 64), (3, 1), (8, 16)])
 def test_r_ranks_hold_r_times_the_prompt(num_ranks: int, page_size: int) -> None:
     num_slots = 50_000
-    server = backend(num_ranks, page_size, ApbConfig(num_blocks=2 * num_ranks))
+    server = backend(num_ranks, page_size, ApbConfig(block=256))
     space = Space(num_slots, page_size)
     largest = capacity.largest_prompt(server, space)
     assert 0.98 * num_ranks * num_slots < largest < num_ranks * num_slots
@@ -87,7 +87,7 @@ def test_r_ranks_hold_r_times_the_prompt(num_ranks: int, page_size: int) -> None
 
 
 def test_activations_limit_a_prompt_that_slots_would_take() -> None:
-    server = backend(2, 1, ApbConfig(num_blocks=4))
+    server = backend(2, 1, ApbConfig(block=256))
     largest = capacity.largest_prompt(server, Space(50_000, 1, activation_bytes=20_000))
     assert [rows_on_rank_0(server.plan(largest + more, Wish())) <= 20_000 for more in (0, 1)] == [True, False]
     assert capacity.largest_prompt(server, Space(50_000, 1, activation_bytes=0)) <= 1
@@ -122,7 +122,7 @@ def test_a_question_counts_with_its_partial_results() -> None:
 
 def test_slots_are_given_back_with_the_spare_ones() -> None:
     """SGLang frees the question, which stands in the table; the context, spare slots included, is freed before."""
-    layout = plan(1000, ApbConfig(num_blocks=3), num_ranks=2)
+    layout = plan(1000, ApbConfig(block=250), num_ranks=2)
     kept = kept_by(layout, 1)
     freed: list[torch.Tensor] = []
     allocator = SimpleNamespace(free_segment=lambda slots, start_pos: freed.append(slots))

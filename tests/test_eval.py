@@ -20,7 +20,7 @@ from scipy.stats import t as student
 
 from sglang_apb import cli
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.eval import contestants, needles, prompts, ruler
+from sglang_apb.commands.eval import asking, contestants, needles, prompts, ruler
 from sglang_apb.commands.eval.questions import Answer, AnswerFile, Question
 from sglang_apb.commands.eval.scores import Score, difference, mean_score
 
@@ -377,6 +377,19 @@ def test_answers_are_rated_as_nvidias_package_does(
     task: str, references: tuple[str, ...], text: str, points: float
 ) -> None:
     assert ruler.rate(Question(task, 4096, 0, "", references, 32), text) == points
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_the_answers_beginning_is_the_assistants(task: str, openai_server: Start) -> None:
+    """As in RULER's own templates; in a user's message some models say it again, and have no tokens left."""
+    settings = ruler._settings(task)
+    values = dict.fromkeys(re.findall(r"{(\w+)}", settings["template"] + settings["answer_prefix"]), "x")
+    text, prefix = settings["template"].format(**values), settings["answer_prefix"].format(**values)
+    question = ruler._question(task, 4096, 0, {"input": text + prefix, "outputs": ["y"]})
+    asked: list[dict[str, Any]] = []
+    asking.ask(openai_server(lambda body: asked.append(body) or " y"), question)
+    said = [{"role": "user", "content": text}, {"role": "assistant", "content": prefix}]
+    assert asked[0]["messages"] == said and asked[0]["continue_final_message"]
 
 
 @pytest.mark.parametrize(

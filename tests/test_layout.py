@@ -1,4 +1,4 @@
-"""The split of a prompt: every token has one owner, no key is seen twice, lengths follow the prompt."""
+"""The split of a prompt: every token has one owner, no key is seen twice, borders stand still."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sglang_apb.layout import LayoutError, plan
 
 CONFIGS = [
     ApbConfig(),
-    ApbConfig(num_blocks=16),
-    ApbConfig(num_blocks=1),
-    ApbConfig(num_blocks=5, anchor=7, passing=3),
+    ApbConfig(block=256),
+    ApbConfig(block=205, anchor=7, passing=3),
     ApbConfig(block=100, anchor=100, passing=0),
     ApbConfig(anchor=900, passing=11),
-    ApbConfig(passing="all", balance="contiguous"),
-    ApbConfig(anchor_mode="recomputed", order="two_pass"),
+    ApbConfig(block=300, passing="all", balance="contiguous"),
+    ApbConfig(block=300, anchor_mode="recomputed", order="two_pass"),
+    parse("paper"),
 ]
 
 
@@ -49,17 +49,23 @@ def test_rows_are_anchor_blocks_question_without_gaps(config: ApbConfig) -> None
         assert sum(map(len, rows.tokens)) == sum(map(len, rows.positions)) == spans[-1].end
 
 
-def test_lengths_follow_the_prompt() -> None:
-    layout = plan(131072, ApbConfig())
-    assert (layout.anchor, layout.passing, layout.num_blocks, len(layout.question)) == (2048, 1024, 16, 256)
-    assert 0.20 < layout.attention_share < 0.22  # the work that the design's budget counts with
-    longest = plan(524288, parse("long"))
-    assert (longest.anchor, longest.passing) == (8192, 1024)  # 16K tokens handed on in all
-    assert plan(131072, parse("long")) == layout
-    short = plan(600, ApbConfig())
-    assert (short.anchor, short.passing, short.num_blocks, len(short.question)) == (128, 128, 1, 150)
-    assert [plan(n, ApbConfig()).num_blocks for n in (2048, 4096, 7168, 16384)] == [3, 7, 13, 16]
-    assert all(plan(n, ApbConfig()).attention_share < 0.75 for n in (2048, 4096, 7168, 16384))
+def test_borders_stand_still_when_the_prompt_grows() -> None:
+    layout, longer = plan(131072, ApbConfig()), plan(524288, ApbConfig())
+    assert layout.blocks[:-1] == longer.blocks[: layout.num_blocks - 1]
+    assert layout.owners == longer.owners[: layout.num_blocks]
+    assert (layout.num_blocks, len(layout.blocks[0]), layout.anchor, layout.passing) == (128, 1024, 512, 128)
+    assert len(layout.question) == 256 and len(plan(600, ApbConfig()).question) == 150
+    assert layout.first_bounded_period is None and max(longer.num_staying) == 16384
+    # The work that the design's budget counts with.
+    assert 0.13 < layout.attention_share < 0.15 and 0.05 < longer.attention_share < 0.07
+    assert plan(524288, ApbConfig(passing="all")).first_bounded_period is None
+
+
+def test_the_papers_lengths_follow_the_prompt() -> None:
+    layout, paper = plan(131072, parse("paper")), parse("paper")
+    assert (layout.anchor, layout.passing, layout.num_blocks, layout.recomputed) == (2048, 1024, 16, True)
+    assert plan(524288, paper).anchor == 8192 and plan(524288, paper).first_bounded_period is None
+    assert [plan(n, paper).num_blocks for n in (600, 2048, 4096, 7168, 16384)] == [1, 3, 7, 13, 16]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
@@ -74,7 +80,7 @@ def test_zigzag_evens_out_the_passing_work(num_ranks: int) -> None:
 
 def test_a_key_is_anchor_or_candidate_never_both() -> None:
     for anchor in (0, 10, 100, 250, 1000):
-        layout = plan(1100, ApbConfig(anchor=anchor, num_blocks=10, question_tokens=100))
+        layout = plan(1100, ApbConfig(block=100, anchor=anchor, question_tokens=100))
         for block in range(layout.num_blocks):
             candidates = layout.candidates(block)
             assert candidates.start >= min(anchor, candidates.end)
@@ -94,16 +100,16 @@ def test_question_that_leaves_no_context_is_refused_with_the_numbers() -> None:
         ("{bad", "not valid JSON"),
         ('{"passing": "all", "max_passing": 5}', 'passing="all" hands everything on, max_passing=5 not'),
         ("[1]", "neither a JSON object, nor a preset"),
-        ('{"anchors": 3}', "unknown option 'anchors'.*known: anchor, passing"),
+        ('{"anchors": 3}', "unknown option 'anchors'.*known: block, anchor"),
         ('{"anchor": -1}', "anchor must be a whole number of at least 0, not -1"),
         ('{"anchor": true}', "anchor must be a whole number"),
         ('{"passing": "some"}', 'passing must be a whole number of at least 0 or "all"'),
-        ('{"num_blocks": 0}', "num_blocks must be"),
-        ('{"num_blocks": 2, "block": 3}', "twice"),
+        ('{"block": 0}', "block must be a whole number of at least 1, not 0"),
+        ('{"num_blocks": 16}', "unknown option 'num_blocks'.*known: block, anchor"),
         ('{"selector": "best"}', "selector must be one of query"),
         ('{"balance": "even"}', "balance must be one of zigzag, contiguous"),
         ('{"order": "two_pass"}', 'add anchor_mode="recomputed"'),
-        ("/no/such/file", r"neither a JSON object, nor a preset \(long\), nor a readable file"),
+        ("/no/such/file", r"neither a JSON object, nor a preset \(paper\), nor a readable file"),
     ],
 )
 def test_bad_configuration_is_one_clear_sentence(text: str, message: str) -> None:
@@ -113,5 +119,5 @@ def test_bad_configuration_is_one_clear_sentence(text: str, message: str) -> Non
 
 def test_configuration_from_a_file(tmp_path: object) -> None:
     path = tmp_path / "apb.json"  # type: ignore[operator]
-    path.write_text('{"num_blocks": 4}')
-    assert parse(str(path)).num_blocks == 4
+    path.write_text('{"block": 4, "anchor": null}')
+    assert parse(str(path)) == ApbConfig(block=4), "what is null is left out"

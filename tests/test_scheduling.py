@@ -66,7 +66,7 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
     return req
 
 
-SPARSE = '{"num_blocks": 4, "min_tokens": 16}'
+SPARSE = '{"block": 100, "min_tokens": 16}'
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_what_sglang_keeps_out_of_the_cache_stays_out(monkeypatch: pytest.Monkey
         (998, True, True, "998 tokens does not fit in the 1000 KV slots of a rank: exact attention"),
         (998, True, False, ""),  # SGLang's own limit, which is one for all prompts there
         (1500, False, True, ""),
-        (1900, False, True, "1900 tokens needs 1078 of the 1000 KV slots of a rank"),
+        (1900, False, True, "1900 tokens needs 1100 of the 1000 KV slots of a rank"),
     ],
 )
 def test_prompts_that_can_never_have_their_slots_are_refused(

@@ -39,7 +39,7 @@ def test_needles_are_found_as_often_as_by_exact_attention(smollm2: Path, log_dir
                 answer = complete(url, prompt.text, **wish)
                 report = prefill_report(answer)
                 assert report["method"] == method
-                assert method == "exact" or report["attention_share"] < 0.7, "nothing was saved"
+                assert method == "exact" or report["attention_share"] < 0.75, "nothing was saved"
                 found[method] += prompt.number in answer["choices"][0]["text"]
     assert found["exact"] > 0, "exact attention finds none, so nothing was tested"
     assert found["apb"] >= found["exact"]

@@ -22,7 +22,7 @@ def texts(path: Path) -> list[str]:
 
 def test_ruler_of_two_tasks(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Blocks that are handed on whole give exact attention's answers."""
-    whole = {"min_tokens": 0, "question_tokens": 64, "num_blocks": 4, "passing": "all"}
+    whole = {"min_tokens": 0, "question_tokens": 64, "block": 240, "passing": "all"}
     options = ["--tasks", "niah_single_1,vt", "--lengths", "1024", "--num-samples", "2", "--at-once", "2"]
     options += ["--config", f"whole={json.dumps(whole)}", "--output", str(tmp_path), "--port", str(next_port())]
     assert cli.main(["eval", "ruler", "--model", str(smollm2), *options, "--", *FLOAT32]) == 0
@@ -40,7 +40,7 @@ def test_own_prompts(plain: Plain, tmp_path: Path, capsys: pytest.CaptureFixture
     file, text = tmp_path / "prompts.jsonl", "All human beings are born free and equal in dignity and rights. " * 40
     chat = [{"role": "user", "content": text}]
     file.write_text(json.dumps({"prompt": text}) + "\n" + json.dumps({"messages": chat, "answer": "no such answer"}))
-    whole = {"min_tokens": 0, "question_tokens": 64, "block": 128, "anchor": 0, "passing": 128, "selector": "key_diff"}
+    whole = {"min_tokens": 0, "question_tokens": 64, "block": 128, "anchor": 0, "passing": 128}
     options = ["--config", f"whole={json.dumps(whole)}", "--output", str(tmp_path / "out"), "--port", str(next_port())]
     options += ["--max-tokens", "8", "--model", str(plain.model)]
     assert cli.main(["eval", "prompts", str(file), *options, "--", *FLOAT32]) == 0
@@ -54,7 +54,7 @@ def test_own_prompts(plain: Plain, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_an_answer_is_as_likely_as_when_it_was_decoded(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Its tokens stand in the question, whose rows see what decoded tokens see; exact attention has others."""
-    lossy = {"min_tokens": 0, "block": 128, "anchor": 32, "passing": 4, "question_tokens": 64, "selector": "key_diff"}
+    lossy = {"min_tokens": 0, "block": 128, "anchor": 32, "passing": 4, "question_tokens": 64}
     apb = ("--prefill-backend", "apb", "--sp-size", "2", "--prefill-backend-config", json.dumps(lossy))
     prompt = plain.prompts[1000]
     with running(server(plain.model, next(log_dirs), *apb)) as url:

@@ -27,7 +27,7 @@ def test_a_prefix_that_is_sent_early_ends_no_server(
     """Exact prompts are found again; sparse ones are not, and own pages keep their count."""
     monkeypatch.setenv(EARLY_SEND, "1")
     monkeypatch.setenv("SGLANG_DEBUG_MEMORY_POOL", "1")  # a page that is freed twice ends the server
-    settings = ("--prefill-backend-config", '{"passing": "all", "min_tokens": 2000}')
+    settings = ("--prefill-backend-config", '{"passing": "all", "block": 512, "min_tokens": 2000}')
     arguments = ("--disable-overlap-schedule", "--page-size", str(PAGE))
     service = cluster(plain.model, next(log_dirs), num_ranks, *settings, arguments=arguments)
     asked_before: set[int] = set()
@@ -51,7 +51,7 @@ def test_prompts_that_begin_alike_keep_their_pages(plain: Plain, log_dirs: Itera
     """In small pools, many at once: pages that SGLang frees as duplicates of the tree's soon belong to another prompt,
     while decode may still read them. Sparse prompts, whose layers leave before their batch has ended, never enter it.
     """
-    settings = ("--prefill-backend-config", '{"passing": "all", "min_tokens": 900}')
+    settings = ("--prefill-backend-config", '{"passing": "all", "block": 256, "min_tokens": 900}')
     pool = ("--max-total-tokens", "4500", "--page-size", str(PAGE))
     service = cluster(plain.model, next(log_dirs), 1, *settings, arguments=pool)
     document = plain.prompts[1300][:800]

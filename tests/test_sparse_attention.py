@@ -30,22 +30,26 @@ SCALE = HEAD_DIM**-0.5
 TOLERANCE = 2e-6  # float32 rounding over some hundred keys; a single lost or doubled key moves rows by 1e-3 and more
 
 CONFIGS = {
-    "default lengths": ApbConfig(num_blocks=16),
-    "few blocks": ApbConfig(num_blocks=4, anchor=10, passing=6),
-    "anchor over several blocks": ApbConfig(num_blocks=9, anchor=50, passing=5),
-    "nothing passed": ApbConfig(num_blocks=5, anchor=12, passing=0),
-    "no anchor": ApbConfig(num_blocks=6, anchor=0, passing=7),
-    "chosen by keys": ApbConfig(block=40, anchor=20, passing=9, selector="key_diff"),
-    "a bound": ApbConfig(block=4, anchor=10, passing=2, max_passing=19, selector="key_diff"),
-    "a bound that leaves some periods whole": ApbConfig(block=3, anchor=10, passing=1, max_passing=30),
-    "chosen by keys, recomputed": ApbConfig(
-        num_blocks=4, anchor=30, passing=6, selector="key_diff", anchor_mode="recomputed", order="two_pass"
+    "many blocks": ApbConfig(block=12, anchor=12, passing=4),
+    "few blocks": ApbConfig(block=45, anchor=10, passing=6),
+    "anchor over several blocks": ApbConfig(block=20, anchor=50, passing=5),
+    "nothing passed": ApbConfig(block=36, anchor=12, passing=0),
+    "no anchor": ApbConfig(block=30, anchor=0, passing=7),
+    "chosen by the question": ApbConfig(block=40, anchor=20, passing=9, selector="query"),
+    "a bound": ApbConfig(block=4, anchor=10, passing=2, max_passing=19),
+    "a bound that leaves some periods whole": ApbConfig(
+        block=3, anchor=10, passing=1, max_passing=30, selector="query"
+    ),
+    "the paper's, chosen by keys": ApbConfig(
+        block=45, anchor=30, passing=6, anchor_mode="recomputed", order="two_pass"
     ),
     "short last block": ApbConfig(block=50, anchor=20, passing=9),
-    "more ranks than blocks": ApbConfig(num_blocks=2, anchor=20, passing=9),
-    "contiguous": ApbConfig(num_blocks=7, anchor=11, passing=4, balance="contiguous"),
-    "recomputed": ApbConfig(num_blocks=4, anchor=30, passing=6, anchor_mode="recomputed"),
-    "two passes": ApbConfig(num_blocks=4, anchor=30, passing=6, anchor_mode="recomputed", order="two_pass"),
+    "more ranks than blocks": ApbConfig(block=90, anchor=20, passing=9),
+    "contiguous": ApbConfig(block=26, anchor=11, passing=4, balance="contiguous"),
+    "recomputed": ApbConfig(block=45, anchor=30, passing=6, selector="query", anchor_mode="recomputed"),
+    "the paper's": ApbConfig(
+        block=45, anchor=30, passing=6, selector="query", anchor_mode="recomputed", order="two_pass"
+    ),
 }
 
 
@@ -189,13 +193,13 @@ def dense_causal(sequence: oracle.Sequence) -> torch.Tensor:
 @pytest.mark.parametrize(
     "config",
     [
-        ApbConfig(passing="all", anchor=0, num_blocks=16),
-        ApbConfig(passing="all", anchor=30, num_blocks=5),
-        ApbConfig(passing="all", anchor=100, num_blocks=7),
+        ApbConfig(passing="all", anchor=0, block=12),
+        ApbConfig(passing="all", anchor=30, block=36),
+        ApbConfig(passing="all", anchor=100, block=26),
         ApbConfig(passing=45, anchor=45, block=45),
-        ApbConfig(passing=8, anchor=5, block=8, max_passing=203, selector="key_diff"),
-        ApbConfig(num_blocks=1, anchor=13, passing=2),
-        ApbConfig(num_blocks=2, anchor=90, passing=0),
+        ApbConfig(passing=8, anchor=5, block=8, max_passing=203),
+        ApbConfig(block=180, anchor=13, passing=2),
+        ApbConfig(block=90, anchor=90, passing=0),
     ],
     ids=[
         "all, no anchor",
@@ -224,7 +228,7 @@ def context_rows(num_tokens: int, config: ApbConfig, sequence: oracle.Sequence) 
 @pytest.mark.parametrize("max_passing", [None, 19, 40])
 def test_appended_text_changes_no_row_of_the_context(max_passing: int | None) -> None:
     """So the K and V of every layer stay, and can be found again."""
-    config = ApbConfig(block=4, anchor=10, passing=2, max_passing=max_passing, selector="key_diff")
+    config = ApbConfig(block=4, anchor=10, passing=2, max_passing=max_passing)
     sequence = random_sequence(layout_of(config))
     whole = context_rows(NUM_TOKENS, config, sequence)
     for num_tokens in (60, 109, 110, 150, 151):
@@ -237,7 +241,7 @@ def test_appended_text_changes_no_row_of_the_context(max_passing: int | None) ->
 
 def test_three_blocks_without_passing_are_star_attention() -> None:
     """Star: every block sees the first block and itself (star_attention/model.py:180-235)."""
-    config = ApbConfig(num_blocks=3, anchor=60, passing=0)
+    config = ApbConfig(block=60, anchor=60, passing=0)
     layout = layout_of(config)
     sequence = random_sequence(layout)
     seen = torch.ones(NUM_TOKENS, NUM_TOKENS, dtype=torch.bool).tril()
@@ -248,7 +252,7 @@ def test_three_blocks_without_passing_are_star_attention() -> None:
 
 def test_every_question_row_sees_the_whole_context() -> None:
     """The papers' code hides the tail of other ranks' blocks from all but the question's last row."""
-    config = ApbConfig(num_blocks=6, anchor=5, passing=0)
+    config = ApbConfig(block=30, anchor=5, passing=0)
     layout = layout_of(config)
     sequence = random_sequence(layout)
     found = attend_on_rank(None, sequence, layout, config)[-QUESTION:]
@@ -309,7 +313,7 @@ class TestGuards:
 
     def test_a_doubled_anchor_key_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Layout, "candidates", lambda self, block: self.blocks[block])
-        config = ApbConfig(passing="all", anchor=30, num_blocks=5)
+        config = ApbConfig(passing="all", anchor=30, block=36)
         layout = layout_of(config)
         sequence = random_sequence(layout)
         found = attend_on_rank(None, sequence, layout, config)

@@ -56,6 +56,9 @@ def ask(url: str, question: Question) -> Answer:
     else:
         path = "/v1/chat/completions"
         body["messages"] = [{"role": "user", "content": question.text}]
+        if question.prefix:
+            body["messages"].append({"role": "assistant", "content": question.prefix})
+            body["continue_final_message"] = True
     started = time.perf_counter()
     text, first_token_s, chunks = "", 0.0, []
     for chunk in stream(f"{url}{path}", body):

