@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang_apb import requests
 from sglang_apb.options import PluginOptions
 from sglang_apb.requests import PARAMETER, Notes, Prompt
 
@@ -41,6 +42,15 @@ def model_config_of(server_args: Any) -> Any:
 def is_pool_size_given(server_args: Any) -> bool:
     """Whether `--mem-fraction-static` was typed; the resolved options have SGLang's default."""
     return server_args.mem_fraction_static is not None
+
+
+def may_have_our_cache(server_args: Any) -> bool:
+    """Whether SGLang's own radix cache would serve both prefill and decode of a prompt, on one server."""
+    return bool(
+        server_args.disaggregation_mode == "null"
+        and server_args.radix_cache_backend is None
+        and not server_args.enable_unified_cache_external_linker
+    )
 
 
 def pair_half() -> str | None:
@@ -157,7 +167,12 @@ def no_logits(model_runner: Any, num_requests: int) -> Any:
 
 def find_nothing_cached(req: Any) -> None:
     """SGLang's prefix cache keeps what has another `extra_key` apart."""
-    req.extra_key = f"{req.extra_key or ''}\0{req.rid}"
+    req.extra_key = f"{req.extra_key or ''}{requests.MARK}{req.rid}"
+
+
+def find_contexts_only(req: Any, name: str) -> None:
+    """Those that were computed under this `name`, of requests with the same `extra_key`."""
+    req.extra_key = f"{req.extra_key or ''}{requests.MARK}{name}"
 
 
 def leave_nothing_cached(req: Any) -> None:
@@ -176,9 +191,13 @@ def is_prefill(batch: Any, model_runner: Any) -> bool:
     return bool(batch.forward_mode.is_extend() and not model_runner.is_draft_worker)
 
 
-def is_whole(batch: Any, num_tokens: int) -> bool:
-    """Whether the batch is one request, whose `num_tokens` it computes from the first to the last."""
-    return len(batch.reqs) == 1 and batch.extend_lens[0] == num_tokens
+def num_cached(batch: Any, num_tokens: int) -> int | None:
+    """How many of the first tokens of the batch's one request, which it computes up to `num_tokens`, are in the cache;
+    None when it is another batch.
+    """
+    if len(batch.reqs) != 1 or batch.prefix_lens[0] + batch.extend_lens[0] != num_tokens:
+        return None
+    return int(batch.prefix_lens[0])
 
 
 def num_prefills_ended(batch: Any) -> int:

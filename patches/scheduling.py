@@ -1,8 +1,8 @@
 """Targets: `Scheduler._add_request_to_queue`, `PrefillAdder.add_one_req`.
 
-Reason: a sparse prompt is laid out as a whole. It runs alone in its batch and in one piece, and its KV depends on
-its question, so no other request may find it in the radix cache, nor it another's.
-Official points: the request's `extra_key` and `skip_radix_cache_insert` keep it out of the cache.
+Reason: a sparse prompt is laid out as a whole: it runs alone in its batch, and what is not cached of it in one piece.
+In the radix cache it finds contexts of sparse prompts alone, and where a context's KV depends on the question nothing.
+Official points: the request's `extra_key`, `skip_radix_cache_insert`, and a cache of our own (context_cache.py).
 `Scheduler.get_prefill_adder_class` is a hook of its own, and no smaller: for prompts that come in rounds.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from sglang_apb.patches import insides, prompt_memory
+from sglang_apb.patches import context_cache, insides, prompt_memory
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of
 
@@ -62,9 +62,18 @@ def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
     if lack := _find_lack_of_memory(runner, prompt.num_tokens, backend.activation_bytes(plan)):
         return lack
     notes.wish, notes.kept, notes.owned_pages = wish, kept, backend.owned_pages(plan)
-    insides.find_nothing_cached(req)
-    insides.leave_nothing_cached(req)
+    _take_a_namespace(scheduler, req, notes, backend.context_name, plan.context_end)
     return ""
+
+
+def _take_a_namespace(scheduler: Any, req: Any, notes: requests.Notes, name: str | None, context_end: int) -> None:
+    """In the radix cache: that of contexts, or one of the request's own, in which nothing is."""
+    if name is not None and context_cache.keeps_contexts(scheduler):
+        notes.context_end = context_end
+        insides.find_contexts_only(req, name)
+    else:
+        insides.find_nothing_cached(req)
+        insides.leave_nothing_cached(req)
 
 
 def _find_lack_of_memory(runner: Any, num_tokens: int, num_bytes: int) -> str:

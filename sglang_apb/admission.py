@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sglang_apb import stop_patterns
+from sglang_apb.requests import MARK
 from sglang_apb.transfer.protocol.room_number import ROOMS
 
 # What SGLang's buffers between prefill and decode hold of a first token (disaggregation/utils.py, MetadataBuffers).
@@ -71,6 +72,8 @@ def check(asked: Any, limits: Limits) -> None:
         raise AdmissionError("the prompt has no tokens: give at least one")
     _check_embeds(asked.input_embeds, limits.hidden_size)
     _check_internal(asked)
+    if MARK in (asked.extra_key or ""):
+        raise AdmissionError(f"extra_key={asked.extra_key!r} has a zero byte, which is ours: leave it out")
     _check_sampling(asked.sampling_params, limits.vocab_size)
     _check_logprobs(asked, num_tokens, limits)
     for name in ("multi_item_delimiter_indices", "token_indices_to_pool"):

@@ -22,6 +22,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     from sglang_apb.patches import (
         answer_metadata,
         body_errors,
+        context_cache,
         insides,
         kv_ownership,
         model_parallel,
@@ -46,6 +47,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
     if is_portable_cpu():
         wanted += portable_cpu.PATCHES
     if options.is_set:
+        context_cache.register()
         wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *prompt_memory.PATCHES, *row_chunks.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES

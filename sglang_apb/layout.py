@@ -8,6 +8,10 @@
 Rows of block i attend to the anchor before the block, the passing tokens of blocks 0..i-1, and their own
 block causally. The question attends to the whole context and, causally, to itself. No key is seen twice.
 
+Of a context whose first tokens are in the KV cache, only the others have rows:
+
+    [0 ...... num_cached) [num_cached ... context_end) [context_end ... num_tokens)
+
 With a bound on passing tokens, at every BOUND_EVERY-th block border the best by score of all that earlier blocks
 handed on stay, for the blocks of the period behind it:
 
@@ -56,7 +60,9 @@ def num_rows(spans: Iterable[Span]) -> int:
 
 @dataclass(frozen=True)
 class RankRows:
-    """The rows one rank computes, in this order: [anchor copy | own blocks | question]."""
+    """The rows one rank computes, in this order: [anchor copy | own blocks | question]; of a block that is cached in
+    part its other tokens.
+    """
 
     anchor_copy: tuple[Span, ...]
     block_tokens: dict[int, Span]
@@ -115,6 +121,7 @@ class Layout:
     num_ranks: int
     recomputed: bool = False
     max_passing: int | None = None  # at a period's start
+    num_cached: int = 0  # the context's first tokens, whose K and V are there
 
     @property
     def question(self) -> Span:
@@ -207,7 +214,17 @@ class Layout:
 
     def rows_of(self, rank: int) -> RankRows:
         """The rows that `rank` computes."""
-        return RankRows(self.anchor_copy, {i: self.blocks[i] for i in self.blocks_of(rank)}, self.question)
+        new = {i: Span(max(self.blocks[i].start, self.num_cached), self.blocks[i].end) for i in self.blocks_of(rank)}
+        return RankRows(self.anchor_copy, {i: span for i, span in new.items() if span.start < span.end}, self.question)
+
+    def cached_on(self, rank: int) -> tuple[Span, ...]:
+        """Cached tokens of the blocks that `rank` owns, in the prompt's order."""
+        spans = (self.blocks[i] for i in self.blocks_of(rank))
+        return tuple(Span(span.start, min(span.end, self.num_cached)) for span in spans if span.start < self.num_cached)
+
+    @property
+    def computes_context(self) -> bool:
+        return self.num_cached < self.context_end
 
     def owner_runs(self, span: Span) -> list[tuple[int, Span]]:
         """`span` of the context cut where the owning rank changes: (rank, tokens), in order."""
@@ -227,13 +244,15 @@ class Layout:
         """(query, key) pairs of one layer and head, over all ranks, recomputed anchors counted once a rank."""
         pairs = 0
         for i, span in enumerate(self.blocks):
-            pairs += len(span) * self.num_shared_keys(i) + _triangle(len(span))
+            num_cached = min(max(self.num_cached - span.start, 0), len(span))
+            pairs += (len(span) - num_cached) * self.num_shared_keys(i)
+            pairs += _triangle(len(span)) - _triangle(num_cached)
         pairs += len(self.question) * self.context_end + _triangle(len(self.question))
         return pairs + self.num_ranks * _triangle(num_rows(self.anchor_copy))
 
     @property
     def attention_share(self) -> float:
-        """Work of attention as a share of exact causal attention's."""
+        """Work of attention as a share of exact causal attention's, of all tokens."""
         return self.attention_pairs / _triangle(self.num_tokens)
 
     @cached_property
@@ -257,11 +276,12 @@ def plan(
     num_ranks: int = 1,
     page_size: int = 1,
     question_tokens: int | None = None,
+    num_cached: int = 0,
 ) -> Layout:
     """The layout of a prompt of `num_tokens`. `question_tokens` overrides the configuration's (one request's wish).
 
-    Block borders are page borders; the question grows by up to a page to make it so.
-    Raises LayoutError when the question leaves no whole page of context.
+    Block borders are page borders; the question grows by up to a page to make it so. num_cached: of the context's first
+    tokens, whose K and V are there. Raises LayoutError when the question leaves no whole page of context.
     """
     wanted = question_tokens or num_question_tokens(num_tokens, config)
     context_end = (num_tokens - wanted) // page_size * page_size
@@ -286,6 +306,7 @@ def plan(
         num_ranks=num_ranks,
         recomputed=recomputed,
         max_passing=config.bound,
+        num_cached=num_cached,
     )
 
 

@@ -15,6 +15,8 @@ from sglang_apb.config import ApbConfig
 # The key of a request's `custom_params` that speaks to us: {"prefill": {"question_tokens": 300, "exact": false}}
 PARAMETER = "prefill"
 _KNOWN = ("question_tokens", "exact")
+# In a request's `extra_key`, between what its client sent and what we add; so clients may not send it.
+MARK = "\0"
 
 
 class RequestError(ValueError):
@@ -38,6 +40,7 @@ class Notes:
 
     is_decided: bool = False
     wish: Wish | None = None  # None: the exact path
+    context_end: int | None = None  # of a sparse prompt whose context others may find in the radix cache
     kept: KeptTokens | None = None  # what of its KV this rank keeps; None: every token
     slots: torch.Tensor | None = None  # of `kept`, while they are taken
     owned_pages: list[tuple[int, int]] | None = None  # what this rank ships; None: SGLang's split

@@ -50,10 +50,10 @@ def _prompt(tokenizer: Any, length: int) -> list[int]:
     return filler[:depth] + needle + filler[depth:num_filler] + tail
 
 
-def generate(url: str, token_ids: list[int], **fields: Any) -> Answer:
-    """Greedy tokens and their logprobs from /generate; `fields` override the request's."""
+def generate(url: str, token_ids: list[int], *, timeout: float = 300, **fields: Any) -> Answer:
+    """Greedy tokens and their logprobs from /generate; `fields` override the request's. Raises requests.Timeout."""
     body: dict[str, Any] = {"input_ids": token_ids, "return_logprob": True, "sampling_params": GREEDY}
-    response = requests.post(f"{url}/generate", json=body | fields, timeout=300)
+    response = requests.post(f"{url}/generate", json=body | fields, timeout=timeout)
     assert response.ok, response.text[:1000]
     answer = response.json()
     meta = answer["meta_info"]

@@ -84,6 +84,7 @@ def test_what_a_server_answers_is_let_in(sampling: dict[str, Any], fields: dict[
         ({}, {"input_ids": None, "input_embeds": [[0.0] * 3]}, "a row of 3 numbers, and the model takes 4"),
         ({}, {"input_ids": None, "input_embeds": [[float("inf")] * 4]}, "not finite"),
         ({}, {"http_worker_ipc": "ipc:///tmp/x"}, "http_worker_ipc is not for clients"),
+        ({}, {"extra_key": "a\0apb"}, r"extra_key='a\\x00apb' has a zero byte"),
         ({}, {"need_wait_for_mm_inputs": True}, "need_wait_for_mm_inputs is not for clients"),
         ({}, {"multi_item_delimiter_indices": [4]}, "has 4: positions in the prompt are 0 to 3"),
         ({}, {"token_indices_to_pool": [-1]}, "has -1: positions in the prompt"),

@@ -17,13 +17,13 @@ import requests
 
 from sglang_apb import cli, layout
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.bench import compared
 from sglang_apb.commands.bench import models as bench_models
 from sglang_apb.commands.bench import plain as bench_plain
 from sglang_apb.commands.bench import plot as bench_plot
 from sglang_apb.commands.bench import servers as bench_servers
 from sglang_apb.commands.bench import table as bench_table
 from sglang_apb.commands.bench import timed_prompts as bench_prompts
-from sglang_apb.commands.bench import ttft as bench_ttft
 from sglang_apb.commands.bench.models import DecoderShape
 from sglang_apb.commands.bench.servers import BenchServer
 from sglang_apb.commands.bench.table import Timing
@@ -291,14 +291,14 @@ def bench(
     """Runs the command with `--backends one,two` on pretended servers, on what looks like a CPU."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(SMALL))
-    monkeypatch.setattr(bench_ttft, "num_gpus", lambda: 0)
+    monkeypatch.setattr(compared, "num_gpus", lambda: 0)
     monkeypatch.setattr(bench_servers, "num_gpus", lambda: 0)
     monkeypatch.setattr(bench_plain, "num_gpus", lambda: 0)
-    monkeypatch.setattr(bench_ttft, "check_ports", lambda ports: None)
+    monkeypatch.setattr(compared, "check_ports", lambda ports: None)
 
     def start(behaviour: dict[str, Answer], options: list[str]) -> tuple[int, PretendedServers]:
         servers = PretendedServers(behaviour)
-        monkeypatch.setattr(bench_ttft, "BenchServer", servers)
+        monkeypatch.setattr(compared, "BenchServer", servers)
         command = ["bench", "ttft", "--model", str(tmp_path / "model"), "--log-dir", str(tmp_path / "logs")]
         status = cli.main([*command, "--backends", "one,two", *options])
         assert servers.running == [], "every server is ended"
@@ -438,7 +438,7 @@ def test_more_gpus_than_there_are_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(bench_ttft, "num_gpus", lambda: 2)
+    monkeypatch.setattr(compared, "num_gpus", lambda: 2)
     assert bench({}, ["--gpus", "4"])[0] == 1
     assert "--gpus 4: this machine has 2" in capsys.readouterr().err
 

@@ -37,7 +37,16 @@ class Request:
         self.error = error
 
 
-def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool, config: str, page_size: int) -> Any:
+def decided(
+    req: Request,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    keeps_parts: bool,
+    config: str,
+    page_size: int,
+    context_name: str | None = "apb",
+    keeps_contexts: bool = False,
+) -> Any:
     """`req` after its decision on a server of 2 ranks with 1,000 slots each."""
 
     def kept(layout: Any) -> KeptTokens | None:
@@ -51,6 +60,7 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
         kept_tokens=kept,
         owned_pages=lambda layout: layout.owned_pages(0, page_size),
         activation_bytes=lambda layout: 1_000_000 * len(layout.question),
+        context_name=context_name,
         plan=lambda num_tokens, wish: plan(
             num_tokens, parse(config), num_ranks=2, page_size=page_size, question_tokens=wish.question_tokens
         ),
@@ -61,6 +71,7 @@ def decided(req: Request, monkeypatch: pytest.MonkeyPatch, *, keeps_parts: bool,
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(device="cpu", activation_space=SPACE)),
         max_total_num_tokens=1000,
         page_size=page_size,
+        tree_cache=SimpleNamespace(keeps_contexts=keeps_contexts),
     )
     scheduling._decide(scheduler, req)
     return req
@@ -89,6 +100,20 @@ def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyP
     assert notes.wish is not None and notes.kept is None
     assert req.skip_radix_cache_insert and req.extra_key == "tenant\0r1"  # no other request has this namespace
     assert notes.owned_pages == plan(500, parse(SPARSE), num_ranks=2).owned_pages(0, 1)
+
+
+@pytest.mark.parametrize("context_name", ["apb 100 512", None])
+def test_a_context_has_a_namespace_where_it_can_be_found_again(
+    context_name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = {"keeps_parts": False, "config": SPARSE, "page_size": 16}
+    req = decided(Request(500), monkeypatch, **sides, context_name=context_name, keeps_contexts=True)
+    notes = insides.notes_of(req)
+    if context_name is None:
+        assert notes.context_end is None and req.extra_key == "tenant\0r1" and req.skip_radix_cache_insert
+    else:
+        assert notes.context_end == plan(500, parse(SPARSE), page_size=16).context_end
+        assert req.extra_key == "tenant\0apb 100 512" and not req.skip_radix_cache_insert
 
 
 @pytest.mark.parametrize(("num_tokens", "page_size", "min_tokens"), [(1, 1, 0), (30, 64, 16)])

@@ -1,4 +1,4 @@
-"""Prompts whose beginning a prefill server has in its prefix cache: found, sent ahead of their batch, and right."""
+"""Prompts whose beginning is in the prefix cache: found, right, and on a prefill server sent ahead of their batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from asking import assert_ran_sparse, generate
-from conftest import Plain, cluster, running
+import requests
+from asking import GREEDY, Answer, assert_ran_sparse, assert_same_tokens, generate
+from conftest import Plain, cluster, running, server, thorough
 
 pytestmark = pytest.mark.server
 
@@ -20,7 +21,7 @@ SPARSE = 3000
 PAGE = 16
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2])
 def test_a_prefix_that_is_sent_early_ends_no_server(
     num_ranks: int, plain: Plain, log_dirs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +59,74 @@ def test_prompts_that_begin_alike_keep_their_pages(plain: Plain, log_dirs: Itera
     asked = [[*document, *plain.prompts[300][:length], 7 + number] for number in range(4) for length in (40, 200)]
     with running(service) as url, ThreadPoolExecutor(6) as clients:
         alone = [generate(url, prompt).token_ids for prompt in asked]
-        together = list(clients.map(lambda number: generate(url, asked[number % 8]), range(64)))
-    assert [answer.token_ids for answer in together] == alone * 8
+        together = list(clients.map(lambda number: generate(url, asked[number % 8]), range(40)))
+    assert [answer.token_ids for answer in together] == alone * 5
     assert {answer.prefill["method"] for answer in together if answer.prefill} == {"apb", "exact"}
     assert any(answer.cached_tokens >= 800 for answer in together), "no prompt was found, so nothing was tested"
+
+
+LOSSY = '{"block": 128, "anchor": 64, "passing": 16, "min_tokens": 256, "question_tokens": 40}'
+EXACT = GREEDY | {"custom_params": {"prefill": {"exact": True}}}
+
+
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2])
+def test_a_context_is_found_again(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
+    """Whole, in part, and from the midst of a block on: the answer is that of a server that has found nothing."""
+    arguments = ("--prefill-backend", "apb", "--sp-size", str(num_ranks), "--prefill-backend-config", LOSSY)
+    document = plain.prompts[1300]
+    context_end = len(document) - 40
+    asked = {
+        "another question": ([*document[:context_end], *range(500, 540)], context_end),
+        "a longer text": ([*document, *range(200, 410)], context_end),
+        "from a block's midst on": ([*document[:900], *([77, 78] * 100)], 900),
+        "a part of it": (document[:1000], 960),
+    }
+
+    def ask(prompt: list[int], num_cached: int) -> Answer:
+        answer = generate(url, prompt)
+        assert_ran_sparse(answer, num_ranks)
+        assert answer.cached_tokens == num_cached
+        return answer
+
+    with running(server(plain.model, next(log_dirs), *arguments)) as url:
+        for name, (prompt, num_cached) in asked.items():
+            requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+            first, again = ask(document, 0), ask(document, context_end)
+            assert_same_tokens(again, first)
+            found = ask(prompt, num_cached)
+            exact = generate(url, document, sampling_params=EXACT)
+            assert exact.cached_tokens == 0, "exact attention's prompts find no sparse context"
+            assert exact.token_ids == plain.answers[1300].token_ids
+            assert_same_tokens(ask(document, context_end), first)
+            requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+            print(name)
+            assert_same_tokens(ask(prompt, 0), found)
+
+
+def test_contexts_come_and_go_in_a_small_pool(plain: Plain, log_dirs: Iterator[Path]) -> None:
+    """Many at once: contexts are evicted, requests are retracted, and clients leave."""
+    arguments = ("--prefill-backend", "apb", "--sp-size", "2", "--max-total-tokens", "4000", "--page-size", str(PAGE))
+    document = plain.prompts[1300]
+    asked = [
+        [*document[:length], *range(300, 340 + number)] for number, length in enumerate((400, 700, 1000, 1300) * 2)
+    ]
+
+    def ask(number: int) -> Answer | None:
+        leaves = number % 5 == 4
+        try:
+            return generate(url, asked[number % 8], timeout=0.3 if leaves else 300)
+        except requests.Timeout:
+            assert leaves
+            return None
+
+    service = server(plain.model, next(log_dirs), *arguments, "--prefill-backend-config", LOSSY)
+    with running(service) as url, ThreadPoolExecutor(6) as clients:
+        alone = []
+        for prompt in asked:
+            requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
+            alone.append(generate(url, prompt))
+        together = list(clients.map(ask, range(40)))
+    for number, answer in enumerate(together):
+        if answer is not None:
+            assert answer.token_ids == alone[number % 8].token_ids, number
+    assert sum(answer.cached_tokens for answer in together if answer is not None) > 0

@@ -239,6 +239,44 @@ def test_appended_text_changes_no_row_of_the_context(max_passing: int | None) ->
     assert float((rows - context_rows(NUM_TOKENS, asked, sequence)[: len(rows)]).abs().max()) > 100 * TOLERANCE
 
 
+# Of 180 context tokens: nothing but a part of the first block or the anchor; on a border, and beside one; all but one;
+# all.
+CACHED = (1, 7, 40, 90, 91, 135, 179, 180)
+CACHING = [name for name, config in CONFIGS.items() if config.anchor_mode == "shared" and config.selector == "key_diff"]
+
+
+def errors_behind_cached(group: Any, num_ranks: int) -> dict[str, float]:
+    """Largest distance of rows behind cached ones from those of the whole prompt, with each of CACHING."""
+    rank, errors = RankGroup(group).rank, {}
+    for name in CACHING:
+        config, sequence = CONFIGS[name], random_sequence(layout_of(CONFIGS[name]))
+        wanted = expected(sequence, layout_of(config), config)
+        for num_cached in CACHED:
+            layout = replace(layout_of(config, num_ranks), num_cached=num_cached)
+            attention = SparseAttention(
+                layout, RankGroup(group), SdpaEngine(), selection.create(config.selector), "cpu"
+            )
+            rows = local_rows(layout, rank)
+            cached = [token for span in layout.cached_on(rank) for token in range(span.start, span.end)]
+            keys = torch.cat((torch.tensor(cached, dtype=torch.int64), rows))
+            layer = LayerRows(sequence.q[rows], sequence.k[keys], sequence.v[keys], SCALE)
+            found, last = attention.attend(layer), attention.attend_last(layer)
+            error = max((found - wanted[rows]).abs().max(), (last - wanted[rows[-QUESTION:]]).abs().max())
+            errors[f"{name}, {num_cached} cached"] = float(error)
+    return errors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_rows_behind_cached_ones_are_those_of_the_whole_prompt(num_ranks: int) -> None:
+    of_ranks = (
+        run_ranks(num_ranks, errors_behind_cached, num_ranks) if num_ranks > 1 else [errors_behind_cached(None, 1)]
+    )
+    assert len(CACHING) >= 8
+    for rank, errors in enumerate(of_ranks):
+        for name, error in errors.items():
+            assert error < TOLERANCE, f"rank {rank}, {name}"
+
+
 def test_three_blocks_without_passing_are_star_attention() -> None:
     """Star: every block sees the first block and itself (star_attention/model.py:180-235)."""
     config = ApbConfig(block=60, anchor=60, passing=0)

@@ -49,14 +49,22 @@ class ApbBackend(PrefillBackend):
         )
         self._selector = selection.create(config.selector)
 
-    def plan(self, num_tokens: int, wish: Wish) -> Layout:
+    def plan(self, num_tokens: int, wish: Wish, num_cached: int = 0) -> Layout:
         return layouts.plan(
             num_tokens,
             self._config,
             num_ranks=self._group.size,
             page_size=self._runner.token_to_kv_pool_allocator.page_size,
             question_tokens=wish.question_tokens,
+            num_cached=num_cached,
         )
+
+    @property
+    def context_name(self) -> str | None:
+        config = self._config
+        if config.selector != "key_diff" or config.anchor_mode == "recomputed":
+            return None
+        return f"apb {config.block} {config.anchor} {config.passing} {config.bound} {config.selector}"
 
     def report(self, plan: Layout) -> dict[str, Any]:
         return {
@@ -109,27 +117,42 @@ class ApbBackend(PrefillBackend):
     def prepare(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Callable[[], Any]:
         device = forward_batch.input_ids.device
         sparse = SparseAttention(plan, self._group, self._engine, self._selector, device)
-        cache = KvCache(self._runner, forward_batch.out_cache_loc, plan, self._group, self._replicate_kv, on_layer)
+        cache = KvCache(self._runner, self._slots(forward_batch, plan), plan, self._group, self._replicate_kv, on_layer)
         return partial(self._prefill, forward_batch, sparse, cache)
+
+    def _slots(self, forward_batch: Any, plan: Layout) -> torch.Tensor:
+        """Of all of the prompt's tokens, int64; the batch has those of the tokens that are computed."""
+        if plan.num_cached == 0:
+            return forward_batch.out_cache_loc  # type: ignore[no-any-return]
+        row = self._runner.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[0]]
+        return row[: plan.num_tokens].to(torch.int64)  # type: ignore[no-any-return]
 
     def _prefill(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache) -> Any:
         rows = sparse.rows
         if self._config.order == "one_pass":
             last_layer = self._runner.model_config.num_hidden_layers - 1
-            hidden = self._run(forward_batch, _OnePass(sparse, cache, last_layer), rows.tokens, rows.positions)
+            attention = _OnePass(sparse, cache, last_layer)
+            hidden = self._run(forward_batch, attention, rows.tokens, rows.positions, sparse.layout.num_cached)
         else:
             self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
             hidden = self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
         return self._logits(forward_batch, hidden)
 
     def _run(
-        self, forward_batch: Any, attention: _LayerAttention, tokens: Iterable[Span], positions: Iterable[Span]
+        self,
+        forward_batch: Any,
+        attention: _LayerAttention,
+        tokens: Iterable[Span],
+        positions: Iterable[Span],
+        num_cached: int = 0,
     ) -> torch.Tensor:
-        """Hidden states of the rows, of the last of them at least, [num_rows, hidden_size]."""
+        """Hidden states of the rows, of the last of them at least, [num_rows, hidden_size]. The batch has the tokens
+        behind the cached ones.
+        """
         device = forward_batch.input_ids.device
         with forward_context(ForwardContext(attn_backend=attention)):  # type: ignore[arg-type]
             return self._runner.model.model(
-                forward_batch.input_ids[indices(tokens, device)], indices(positions, device), forward_batch
+                forward_batch.input_ids[indices(tokens, device) - num_cached], indices(positions, device), forward_batch
             )
 
     def _logits(self, forward_batch: Any, hidden: torch.Tensor) -> Any:
@@ -214,7 +237,11 @@ class _OnePass(_LayerAttention):
 
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
         attend = self._sparse.attend_last if layer.layer_id == self._last_layer else self._sparse.attend
-        return self._keeping(attend, self._cache.context_and_question, layer, rows)
+
+        def attend_cached(rows: LayerRows, meanwhile: Callable[[], None]) -> torch.Tensor:
+            return attend(self._cache.with_cached(layer.layer_id, rows), meanwhile)
+
+        return self._keeping(attend_cached, self._cache.context_and_question, layer, rows)
 
 
 class _ContextPass(_LayerAttention):

@@ -53,8 +53,17 @@ class PrefillBackend(ABC):
     """A method bound to one rank's model. All ranks decide alike: decisions use the request's data alone."""
 
     @abstractmethod
-    def plan(self, num_tokens: int, wish: Wish) -> Any:
-        """The split of a prompt of `num_tokens`. Raises layout.LayoutError when it cannot be split."""
+    def plan(self, num_tokens: int, wish: Wish, num_cached: int = 0) -> Any:
+        """The split of a prompt of `num_tokens`, of whose context the first `num_cached` are in the KV cache. Raises
+        layout.LayoutError when it cannot be split.
+        """
+
+    @property
+    @abstractmethod
+    def context_name(self) -> str | None:
+        """What a context token's K and V depend on beside the tokens before it; None where they depend on what follows
+        it, too, and so cannot be found again.
+        """
 
     @abstractmethod
     def activation_bytes(self, plan: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sglang_apb.backends.base import PADDING_SLOT
-from sglang_apb.backends.sparse_attention import nothing
+from sglang_apb.backends.sparse_attention import LayerRows, nothing
 from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import RankGroup
 
@@ -28,7 +28,7 @@ class Part:
 
 
 class KvCache:
-    """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it.
+    """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it; `slots` are of all of its tokens.
 
     The question is every rank's. Ranks that will decode all keep rank 0's rows of it, for the same bits everywhere
     (see ApbBackend._logits).
@@ -51,6 +51,7 @@ class KvCache:
         self.gathers = replicate
         by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
         self._context_slots = [slots[indices(spans, slots.device)] for spans in by_rank]
+        self._cached_slots = slots[indices(layout.cached_on(group.rank), slots.device)]
         self._question_slots = slots[layout.question.start : layout.question.end]
 
     @cached_property
@@ -84,6 +85,20 @@ class KvCache:
         """Cached K and V of this rank's blocks, [num_rows, num_kv_heads, head_dim] each."""
         slots = self._context_slots[self._group.rank]
         return self.pool.get_key_buffer(layer_id)[slots], self.pool.get_value_buffer(layer_id)[slots]
+
+    def with_cached(self, layer_id: int, rows: LayerRows) -> LayerRows:
+        """The rows with K and V of this rank's cached tokens in front of theirs."""
+        if len(self._cached_slots) == 0:
+            return rows
+        k, v = self.pool.get_key_buffer(layer_id), self.pool.get_value_buffer(layer_id)
+        return LayerRows(rows.q, self._behind_cached(k, rows.k), self._behind_cached(v, rows.v), rows.scale)
+
+    def _behind_cached(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        num_cached = len(self._cached_slots)
+        both = rows.new_empty((num_cached + len(rows), *rows.shape[1:]))
+        torch.index_select(buffer, 0, self._cached_slots, out=both[:num_cached])
+        both[num_cached:] = rows
+        return both
 
     def start(self, part: Part, layer: Any, k: torch.Tensor, v: torch.Tensor) -> Callable[[], None]:
         """Starts keeping `part` of the rows k and v; the result finishes it."""

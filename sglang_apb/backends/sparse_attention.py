@@ -6,6 +6,9 @@ Rows are a rank's [anchor copy | own blocks | question] (`layout.RankRows`). Wha
     block i sees a prefix of it: the anchor, and the passing tokens of blocks 0 .. i-1
 
 Where a bound leaves some of them out, late blocks see a prefix of another buffer (passing_bound.py).
+
+Of a context whose first tokens are cached, a rank's keys are [cached own tokens | rows]: what earlier blocks hand on is
+chosen again from their cached keys, and a block that is cached in part sees its cached tokens beside its rows.
 """
 
 from __future__ import annotations
@@ -18,14 +21,17 @@ import torch
 from sglang_apb.attention.base import AttentionEngine, Partial, Piece
 from sglang_apb.backends.passing_bound import PassingBound
 from sglang_apb.kernels.candidates import Candidates
-from sglang_apb.layout import Layout, Span
+from sglang_apb.layout import Layout, Span, num_rows
 from sglang_apb.rank_group import Pending, RankGroup
 from sglang_apb.selection.base import Selector
 
 
 @dataclass(frozen=True)
 class LayerRows:
-    """One layer's local rows, after RoPE: q [num_rows, num_q_heads, head_dim], k and v with num_kv_heads."""
+    """One layer's local rows, after RoPE: q [num_rows, num_q_heads, head_dim], k and v with num_kv_heads.
+
+    Of a context that is cached in part, k and v have the cached own tokens in front.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -97,6 +103,8 @@ class SparseAttention:
         self._group = group
         self._kernels = engine.kernels
         self._selector = selector
+        self._num_cached = num_rows(layout.cached_on(group.rank))
+        self._keys = self._keys_of_blocks()
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
         self._bound = PassingBound(layout, self._num_anchor, engine.kernels, device)
@@ -110,20 +118,45 @@ class SparseAttention:
             _ = self._candidates.block_of_selected
         self._passing_order = self._order_of_passing(device)
         self._seeing = self._groups()
+        self._cached_part_pieces = self._pieces_of_cached_part()
         question = len(layout.question)
-        self._own, self._question, self._question_itself, *self._before = engine.plan(
+        self._own, self._cached_part, self._question, self._question_itself, *self._before = engine.plan(
             [
                 self._own_pieces(),
-                [Piece(question, Span(0, len(self.rows.context)))],
+                self._cached_part_pieces,
+                [Piece(question, Span(0, len(self._context_keys)))],
                 [Piece(question, Span(0, question), causal=True)],
                 *(group.pieces for group in self._seeing),
             ]
         )
 
+    def _keys_of_blocks(self) -> dict[int, Span]:
+        """Of each own block, cached or not: where its tokens' keys are. They follow each other."""
+        keys, start = {}, len(self.rows.anchor)
+        for block in self.layout.blocks_of(self._group.rank):
+            keys[block] = Span(start, start + len(self.layout.blocks[block]))
+            start = keys[block].end
+        return keys
+
+    @property
+    def _context_keys(self) -> Span:
+        start = len(self.rows.anchor)
+        return Span(start, start + num_rows(self._keys.values()))
+
     def _own_pieces(self) -> list[Piece]:
         """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
         spans = [self.rows.anchor] if self.layout.recomputed else []
-        return [Piece(len(span), span, causal=True) for span in (*spans, *self.rows.blocks.values())]
+        return [
+            Piece(len(span), Span(self._num_cached + span.start, self._num_cached + span.end), causal=True)
+            for span in (*spans, *self.rows.blocks.values())
+        ]
+
+    def _pieces_of_cached_part(self) -> list[Piece]:
+        """What the first own rows see of the cached tokens of their block, if it is cached in part."""
+        for block, rows in self.rows.blocks.items():
+            if (start := self._keys[block].start) < self._num_cached:
+                return [Piece(len(rows), Span(start, self._num_cached))]
+        return []
 
     def _groups(self) -> list[_Group]:
         """Own blocks that see something of what is handed on, in row order; only the prompt's first may not."""
@@ -141,9 +174,9 @@ class SparseAttention:
 
     def _own_candidates(self, device: torch.device | str) -> Candidates:
         spans, counts = [], []
-        for block, rows in self.rows.blocks.items():
+        for block, keys in self._keys.items():
             first = self.layout.candidates(block).start - self.layout.blocks[block].start
-            spans.append(Span(rows.start + first, rows.end))
+            spans.append(Span(keys.start + first, keys.end))
             counts.append(self._num_passing[block])
         return Candidates.of(spans, counts, device)
 
@@ -167,11 +200,13 @@ class SparseAttention:
         each multiprocessor its share beforehand; where NCCL holds some of them, their shares come after all others',
         and the kernel takes twice as long (docs/performance.md). That is also why the exchange is waited for first.
         """
-        context, question = self.rows.context, self.rows.question
+        if not self.layout.computes_context:
+            return self.attend_last(layer, meanwhile)
+        question = self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
         shared, scores = self._exchange(layer, layer.q[question.start :])
         own_lse = self._attend_own(layer, out)
-        answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
+        answer = self._start_question(layer, *self._context_of(layer))
         meanwhile()
         self._add_shared(layer, shared, scores, out, own_lse)
         out[question.start :] = answer()
@@ -183,10 +218,14 @@ class SparseAttention:
         Only the prompt's last row is read after it. Of the others their K and V are needed, and no attention, so
         nothing is handed on.
         """
-        context = self.rows.context
-        answer = self._start_question(layer, layer.k[context.start : context.end], layer.v[context.start : context.end])
+        answer = self._start_question(layer, *self._context_of(layer))
         meanwhile()
         return answer()
+
+    def _context_of(self, layer: LayerRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all tokens of own blocks."""
+        keys = self._context_keys
+        return layer.k[keys.start : keys.end], layer.v[keys.start : keys.end]
 
     def attend_context(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
@@ -207,7 +246,13 @@ class SparseAttention:
         end = self.rows.context.end
         if end == 0:
             return layer.q.new_empty((0, layer.q.shape[1]), dtype=torch.float32)
-        return self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
+        lse = self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
+        for piece in self._cached_part_pieces:
+            rows = slice(0, piece.num_queries)  # of the rank's first block with rows
+            cached = self._cached_part(layer.q[rows], layer.k, layer.v, layer.scale)
+            own_lse = lse[rows].clone()
+            self._kernels.merge((out[rows], cached.out), (own_lse, cached.lse), out[rows], lse[rows])
+        return lse
 
     def _add_shared(
         self,
@@ -249,15 +294,16 @@ class SparseAttention:
         for owner, tokens in self.layout.owner_runs(Span(0, self._num_anchor)):
             part = shared[tokens.start : tokens.end]
             if owner == self._group.rank:
-                _copy_key_value(layer, self._rows_of_tokens(tokens), part)
+                _copy_key_value(layer, self._keys_of_tokens(tokens), part)
             sends.append(self._group.broadcast(part, owner))
         return sends
 
-    def _rows_of_tokens(self, tokens: Span) -> Span:
-        """Own rows of consecutive context tokens; own blocks that touch in the prompt touch in the rows."""
-        for block, span in self.rows.block_tokens.items():
+    def _keys_of_tokens(self, tokens: Span) -> Span:
+        """Own keys of consecutive context tokens; own blocks that touch in the prompt touch there."""
+        for block, keys in self._keys.items():
+            span = self.layout.blocks[block]
             if span.start <= tokens.start < span.end:
-                start = self.rows.blocks[block].start + tokens.start - span.start
+                start = keys.start + tokens.start - span.start
                 return Span(start, start + len(tokens))
         raise ValueError(f"tokens [{tokens.start}, {tokens.end}) are not on rank {self._group.rank}")
 
@@ -292,8 +338,8 @@ class SparseAttention:
         The question is the last of the layer's rows. Each rank holds its own blocks' keys, context_k and context_v,
         which every question row sees. The question's own keys are the same on all ranks and count once: on rank 0.
         """
-        start = layer.q.shape[0] - len(self.layout.question)
-        q, k, v = layer.q[start:], layer.k[start:], layer.v[start:]
+        num_tokens = len(self.layout.question)
+        q, k, v = layer.q[-num_tokens:], layer.k[-num_tokens:], layer.v[-num_tokens:]
         partials = []
         if len(context_k):
             partials.append(self._question(q, context_k, context_v, layer.scale))

@@ -148,8 +148,7 @@ def _gpus_of(server_args: Sequence[str]) -> int:
 def _server(contestant: Contestant, args: argparse.Namespace, log_dir: Path, gpu: int, number: int) -> LocalServer:
     """From GPU `gpu` on, and on ports of its own: those of a server that has just ended may still be closing.
 
-    Without SGLang's prefix cache: prompts of a task begin alike, exact attention would find most of them there and
-    sparse ones nothing, and times would say so.
+    Without SGLang's prefix cache: prompts of a task begin alike, and times would be those of their ends.
     """
     arguments = ["--disable-radix-cache", *args.server_args]
     if contestant.config is not None:

@@ -1,0 +1,52 @@
+"""Official point: `register_radix_cache_backend`, a subclass of SGLang's radix cache. No target is patched.
+
+Reason: of a sparse prompt the context is found again, and its question never is: its K and V are those of exact
+attention over the context. The context stands under an `extra_key` of its own (`insides.find_contexts_only`), so that
+neither exact prompts nor those of other lengths find it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sglang_apb.patches import insides
+
+NAME = "sglang-apb"
+
+
+def register() -> None:
+    """Once a process."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
+
+    if NAME not in registered_radix_cache_backends():
+        register_radix_cache_backend(NAME, _create)
+
+
+def keeps_contexts(scheduler: Any) -> bool:
+    """Whether the scheduler's cache is ours."""
+    return getattr(scheduler.tree_cache, "keeps_contexts", False) is True
+
+
+def _create(context: Any) -> Any:
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.registry import create_unified_radix_cache
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    class ContextCache(UnifiedRadixCache):
+        keeps_contexts = True
+
+        def match_prefix(self, params: Any) -> Any:
+            end = None if params.req is None else insides.notes_of(params.req).context_end
+            if end is not None:
+                key = params.key
+                limit = end if key.limit is None else min(end, key.limit)
+                capped = RadixKey(key.token_ids, key.extra_key, key.is_bigram, limit, key.cache_salt)
+                params = dataclasses.replace(params, key=capped)
+            return super().match_prefix(params)
+
+        def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+            end = insides.notes_of(req).context_end
+            super().checkpoint_into_tree(req, up_to=up_to if end is None else min(up_to, end), **kwargs)
+
+    return create_unified_radix_cache(context, cache_class=ContextCache)
