@@ -9,6 +9,7 @@ from sglang_apb.commands import add_modules
 HELP = "measure how fast this is, against plain SGLang on the same machine"
 KINDS = {
     "ttft": "sglang_apb.commands.bench.ttft",
+    "reuse": "sglang_apb.commands.bench.reuse",
     "kernels": "sglang_apb.commands.bench.kernels",
     "layer": "sglang_apb.commands.bench.layer",
     "transfer": "sglang_apb.commands.bench.transfer",

@@ -67,8 +67,8 @@ def ttft_table(timings: Sequence[Timing]) -> str:
     rows = [
         [
             f"{length:,}",
-            *(_seconds(medians.get((server, length))) for server in servers),
-            _times(ratio(timings, length)),
+            *(shown_seconds(medians.get((server, length))) for server in servers),
+            shown_ratio(ratio(timings, length)),
         ]
         for length in dict.fromkeys(timing.length for timing in timings)
     ]
@@ -133,11 +133,11 @@ def _listed(lengths: Sequence[int]) -> str:
     return " and ".join(f"{length:,}" for length in lengths)
 
 
-def _seconds(seconds: float | None) -> str:
+def shown_seconds(seconds: float | None) -> str:
     return NO_FIGURE if seconds is None else f"{seconds:.3f} s" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def _times(value: float | None) -> str:
+def shown_ratio(value: float | None) -> str:
     return NO_FIGURE if value is None else f"{value:.2f}x"
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,33 @@ def time_prompts(
     Raises requests.RequestException when there is no answer.
     """
     for index, token_ids in enumerate(prompts):
-        body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING, **more})
-        started = time.perf_counter()
-        response = requests.post(
-            f"{url}/generate", data=body, headers={"Content-Type": "application/json"}, timeout=_REQUEST_TIMEOUT_S
-        )
-        seconds = time.perf_counter() - started
-        timing.reason = _refusal(response)
+        answer = ask(url, token_ids, more)
+        timing.reason = answer.reason
         if timing.reason is not None:
             return
-        (timing.warm_up_seconds if index < num_warm_up else timing.seconds).append(round(seconds, 6))
-        timing.prefill = prefill_report(response.json())
+        (timing.warm_up_seconds if index < num_warm_up else timing.seconds).append(answer.seconds)
+        timing.prefill = prefill_report(answer.content)
         advance()
+
+
+@dataclass(frozen=True)
+class TimedAnswer:
+    """`seconds` from the request on; `reason` says why the server did not prefill the prompt, None when it did."""
+
+    seconds: float
+    content: dict[str, Any]
+    reason: str | None
+
+
+def ask(url: str, token_ids: list[int], more: Mapping[str, Any]) -> TimedAnswer:
+    """One token of an answer, to a request with the fields `more`. Raises requests.RequestException without one."""
+    body = json.dumps({"input_ids": token_ids, "sampling_params": _SAMPLING, **more})
+    started = time.perf_counter()
+    response = requests.post(
+        f"{url}/generate", data=body, headers={"Content-Type": "application/json"}, timeout=_REQUEST_TIMEOUT_S
+    )
+    seconds, reason = round(time.perf_counter() - started, 6), _refusal(response)
+    return TimedAnswer(seconds, response.json() if reason is None else {}, reason)
 
 
 def trace_prompt(url: str, timing: Timing, folder: Path, seed: int, vocab_size: int, more: Mapping[str, Any]) -> None:
