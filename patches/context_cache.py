@@ -47,6 +47,17 @@ def _create(context: Any) -> Any:
 
         def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
             end = insides.notes_of(req).context_end
-            super().checkpoint_into_tree(req, up_to=up_to if end is None else min(up_to, end), **kwargs)
+            up_to = up_to if end is None else min(up_to, end)
+            if end is None or not self._would_free_what_decode_reads(req, up_to):
+                super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+
+        def _would_free_what_decode_reads(self, req: Any, up_to: int) -> bool:
+            """Where another prompt has left the same context meanwhile, the tree frees this one's copy at once. Its
+            layers have left before that, and decode may still read them: it stays until the transfer has ended.
+            """
+            if req.finished() or insides.pair_half() != "prefill":
+                return False
+            key = RadixKey(req.full_untruncated_fill_ids[:up_to], req.extra_key, cache_salt=req.cache_salt)
+            return bool(self.tree_core.match_full_device_prefix(key)[0] > req.kv.cache_protected_len)
 
     return create_unified_radix_cache(context, cache_class=ContextCache)

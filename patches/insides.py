@@ -45,9 +45,11 @@ def is_pool_size_given(server_args: Any) -> bool:
 
 
 def may_have_our_cache(server_args: Any) -> bool:
-    """Whether SGLang's own radix cache would serve both prefill and decode of a prompt, on one server."""
+    """Whether prompts would be prefilled over SGLang's own radix cache, each rank with all of their KV."""
+    parts_are_kept = server_args.disaggregation_mode == "prefill" and options_of(server_args).sp_size > 1
     return bool(
-        server_args.disaggregation_mode == "null"
+        server_args.disaggregation_mode != "decode"
+        and not parts_are_kept
         and server_args.radix_cache_backend is None
         and not server_args.enable_unified_cache_external_linker
     )

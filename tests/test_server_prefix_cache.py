@@ -103,6 +103,29 @@ def test_a_context_is_found_again(num_ranks: int, plain: Plain, log_dirs: Iterat
             assert_same_tokens(ask(prompt, 0), found)
 
 
+@pytest.mark.parametrize("is_early", [pytest.param(False, marks=thorough), True], ids="early send: {}".format)
+def test_a_prefill_server_finds_a_context_again(
+    is_early: bool, plain: Plain, log_dirs: Iterator[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is cached leaves before the prompt's own batch, or with its layers; many that are alike at once."""
+    monkeypatch.setenv(EARLY_SEND, str(int(is_early)))
+    monkeypatch.setenv("SGLANG_DEBUG_MEMORY_POOL", "1")
+    arguments = ("--page-size", str(PAGE), *(("--disable-overlap-schedule",) if is_early else ()))
+    service = cluster(plain.model, next(log_dirs), 1, "--prefill-backend-config", LOSSY, arguments=arguments)
+    document = plain.prompts[1300]
+    asked = [[*document[:length], *range(300, 350 + number)] for number, length in enumerate((1250, 700, 1200, 900))]
+    with running(service) as url, ThreadPoolExecutor(6) as clients:
+        alone = [generate(url, prompt, extra_key=f"alone {number}") for number, prompt in enumerate(asked)]
+        assert not any(answer.cached_tokens for answer in alone)
+        found = [generate(url, prompt) for prompt in asked]
+        together = list(clients.map(lambda number: generate(url, asked[number % 4], extra_key="together"), range(24)))
+    assert found[0].cached_tokens == 0 and all(answer.cached_tokens >= 688 for answer in found[1:])
+    for number, answer in enumerate([*found, *together]):
+        assert_ran_sparse(answer, 1)
+        assert answer.token_ids == alone[number % 4].token_ids, number
+    assert all(answer.cached_tokens >= 688 for answer in together[-4:])
+
+
 def test_contexts_come_and_go_in_a_small_pool(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Many at once: contexts are evicted, requests are retracted, and clients leave."""
     arguments = ("--prefill-backend", "apb", "--sp-size", "2", "--max-total-tokens", "4000", "--page-size", str(PAGE))

@@ -61,6 +61,7 @@ class ZmqKVSender(Polled, CommonKVSender):
         self._prefix_pages = 0
         self._announced = False
         self._streamed: set[int] = set()
+        self._streamed_from = 0  # a page; what is cached of a prompt may leave before its own batch
         self._last_send = 0.0
         self._request = PrefillRequest(mgr.prefill_endpoint, bootstrap_room)
         super().__init__(mgr, bootstrap_addr, self.bootstrap_room, req_has_disagg_prefill_dp_rank)
@@ -113,15 +114,16 @@ class ZmqKVSender(Polled, CommonKVSender):
     def stream_layer(self, layer: int, page_ids: PageIdsLater, is_final: IsFinal = always) -> None:
         """Queues this rank's part of `layer`, before the prefill has ended.
 
-        `page_ids` gives the pool's pages of the whole request, after the decode server's prefix; it is called, and
-        the pool read, once `is_final` says that the layer's KV is written. Layers that are not streamed follow with
-        the request's one `send`. Call it after `set_owned_pages`.
+        `page_ids` gives the pool's pages of the request that no `send` has had yet; it is called, and the pool read,
+        once `is_final` says that the layer's KV is written. Layers that are not streamed follow with the `send` of
+        these pages, the request's last. Call it after `set_owned_pages`.
         """
         if not self._can_send() or layer in self._streamed:
             return
-        for pages in self._announce():
-            ids = partial(_part, page_ids, pages)
-            self._request.send_pages(pages, ids, [layer], is_final)
+        self._streamed_from = first = self.curr_idx
+        for start, end in ownership.clip(self._announce(), (first, self.num_kv_indices)):
+            ids = partial(_part, page_ids, (start - first, end - first))
+            self._request.send_pages((start, end), ids, [layer], is_final)
         self._streamed.add(layer)
 
     def send(
@@ -135,7 +137,7 @@ class ZmqKVSender(Polled, CommonKVSender):
         if not self._can_send():
             return
         first, self.curr_idx = self.curr_idx, self.curr_idx + len(kv_indices)
-        if self._streamed and len(kv_indices) != self.num_kv_indices:
+        if self._streamed and (first, self.curr_idx) != (self._streamed_from, self.num_kv_indices):
             self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
             return
         is_final = self._take_is_final()
