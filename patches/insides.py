@@ -153,7 +153,8 @@ def refuse(req: Any, sentence: str) -> None:
 
 
 def discard(req: Any, sentence: str) -> None:
-    """The request ends with HTTP 500 when its batch has run, whatever that gave."""
+    """The request ends with HTTP 500 when its batch has run, whatever that gave; nothing of it is found again."""
+    leave_nothing_cached(req)
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
     req.discard_output_reason = FINISH_ABORT(sentence, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")

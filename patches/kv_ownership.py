@@ -18,7 +18,7 @@ from sglang_apb.backends.base import PADDING_SLOT, KeptTokens
 
 
 def _kept_tokens(batch: Any) -> KeptTokens | None:
-    """None as well for a prompt that SGLang batched or cut after all: it runs exact, and needs every slot."""
+    """None as well for a prompt that SGLang batched or cut after all, which fails in its forward pass."""
     kept = insides.notes_of(batch.reqs[0]).kept
     return kept if kept is not None and insides.num_cached(batch, kept.num_tokens) == 0 else None
 

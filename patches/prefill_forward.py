@@ -91,8 +91,8 @@ def _plan(batch: Any, model_runner: Any) -> Any:
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens
     if (num_cached := insides.num_cached(batch, num_tokens)) is None:
-        logger.error("request %s should run sparse but was batched or cut by SGLang: it runs exact", req.rid)
-        return None
+        # Its KV would be exact attention's under the name of a sparse context.
+        raise RuntimeError("a sparse prompt was batched or cut by SGLang: this is a bug of sglang-apb")
     settings = config.parse(insides.options_of(model_runner.server_args).config_text)
     wish = requests.Wish(requests.question_tokens(prompt, wish, settings))
     return backend_of(model_runner).plan(num_tokens, wish, num_cached)

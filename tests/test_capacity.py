@@ -56,15 +56,15 @@ def test_ranks_keep_every_token_once_in_as_many_slots_each(num_ranks: int, page_
 
 
 def test_a_prompt_that_was_batched_or_cut_gets_every_slot() -> None:
-    """It runs on the exact path then, which reads what this rank would not have."""
+    """SGLang's own allocation; in its forward pass it fails."""
     kept = kept_by(plan(1000, ApbConfig(block=188), num_ranks=2), 0)
     req = SimpleNamespace(prefill_notes=Notes(kept=kept))
-    alone = SimpleNamespace(reqs=[req], extend_lens=[1000])
+    alone = SimpleNamespace(reqs=[req], prefix_lens=[0], extend_lens=[1000])
     assert kv_ownership._kept_tokens(alone) is kept
     for batch in (
-        SimpleNamespace(reqs=[req], extend_lens=[999]),
-        SimpleNamespace(reqs=[req, SimpleNamespace()], extend_lens=[1000, 9]),
-        SimpleNamespace(reqs=[SimpleNamespace()], extend_lens=[1000]),
+        SimpleNamespace(reqs=[req], prefix_lens=[0], extend_lens=[999]),
+        SimpleNamespace(reqs=[req, SimpleNamespace()], prefix_lens=[0, 0], extend_lens=[1000, 9]),
+        SimpleNamespace(reqs=[SimpleNamespace()], prefix_lens=[0], extend_lens=[1000]),
     ):
         assert kv_ownership._kept_tokens(batch) is None
         assert kv_ownership._allocate(lambda batch: "SGLang's own", batch) == "SGLang's own"

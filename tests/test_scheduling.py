@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sglang_apb.patches import insides, scheduling
+from sglang_apb.patches import insides, prefill_forward, scheduling
 
 from sglang_apb.backends.base import KeptTokens
 from sglang_apb.config import parse
@@ -100,6 +100,20 @@ def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyP
     assert notes.wish is not None and notes.kept is None
     assert req.skip_radix_cache_insert and req.extra_key == "tenant\0r1"  # no other request has this namespace
     assert notes.owned_pages == plan(500, parse(SPARSE), num_ranks=2).owned_pages(0, 1)
+
+
+@pytest.mark.parametrize(("cached", "new", "num_reqs"), [(0, 499, 1), (100, 300, 1), (0, 500, 2)])
+def test_a_sparse_prompt_that_was_batched_or_cut_fails(
+    cached: int, new: int, num_reqs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact attention's KV would be found as that of a sparse context."""
+    req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
+    batch = SimpleNamespace(reqs=[req] * num_reqs, prefix_lens=[cached] * num_reqs, extend_lens=[new] * num_reqs)
+    with pytest.raises(RuntimeError, match="was batched or cut by SGLang"):
+        prefill_forward._plan(batch, SimpleNamespace(server_args=None))
+    req.skip_radix_cache_insert = False
+    insides.discard(req, "why")
+    assert req.skip_radix_cache_insert
 
 
 @pytest.mark.parametrize("context_name", ["apb 100 512", None])
