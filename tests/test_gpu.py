@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from ranks import run_ranks
-from test_sparse_attention import CONFIGS, TOLERANCE, errors_on_rank
+from test_sparse_attention import CONFIGS, TOLERANCE, errors_behind_cached, errors_on_rank
 
 from sglang_apb import attention
 from sglang_apb.attention.base import Piece
@@ -85,6 +85,11 @@ def test_engine_gives_attention_and_its_lse(
 
 def test_one_rank_equals_the_oracle() -> None:
     for name, error in errors_on_rank(None, 1, "cuda").items():
+        assert error < TOLERANCE, name
+
+
+def test_rows_behind_cached_ones_are_those_of_the_whole_prompt() -> None:
+    for name, error in errors_behind_cached(None, 1, "cuda").items():
         assert error < TOLERANCE, name
 
 

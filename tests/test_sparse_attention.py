@@ -245,22 +245,24 @@ CACHED = (1, 7, 40, 90, 91, 135, 179, 180)
 CACHING = [name for name, config in CONFIGS.items() if config.anchor_mode == "shared" and config.selector == "key_diff"]
 
 
-def errors_behind_cached(group: Any, num_ranks: int) -> dict[str, float]:
+def errors_behind_cached(group: Any, num_ranks: int, device: str = "cpu") -> dict[str, float]:
     """Largest distance of rows behind cached ones from those of the whole prompt, with each of CACHING."""
-    rank, errors = RankGroup(group).rank, {}
+    ranks, errors = RankGroup(group), {}
     for name in CACHING:
         config, sequence = CONFIGS[name], random_sequence(layout_of(CONFIGS[name]))
         wanted = expected(sequence, layout_of(config), config)
         for num_cached in CACHED:
             layout = replace(layout_of(config, num_ranks), num_cached=num_cached)
-            attention = SparseAttention(
-                layout, RankGroup(group), SdpaEngine(), selection.create(config.selector), "cpu"
-            )
-            rows = local_rows(layout, rank)
-            cached = [token for span in layout.cached_on(rank) for token in range(span.start, span.end)]
+            attention = SparseAttention(layout, ranks, SdpaEngine(KERNELS), selection.create(config.selector), device)
+            rows = local_rows(layout, ranks.rank)
+            cached = [token for span in layout.cached_on(ranks.rank) for token in range(span.start, span.end)]
             keys = torch.cat((torch.tensor(cached, dtype=torch.int64), rows))
-            layer = LayerRows(sequence.q[rows], sequence.k[keys], sequence.v[keys], SCALE)
-            found, last = attention.attend(layer), attention.attend_last(layer)
+            q, k, v = (
+                x[index].to(device)
+                for x, index in zip((sequence.q, sequence.k, sequence.v), (rows, keys, keys), strict=True)
+            )
+            layer = LayerRows(q, k, v, SCALE)
+            found, last = attention.attend(layer).cpu(), attention.attend_last(layer).cpu()
             error = max((found - wanted[rows]).abs().max(), (last - wanted[rows[-QUESTION:]]).abs().max())
             errors[f"{name}, {num_cached} cached"] = float(error)
     return errors
