@@ -85,7 +85,7 @@ def _stream_of(batch: Any, model_runner: Any) -> Callable[[int], None]:
 
 def _plan(batch: Any, model_runner: Any) -> Any:
     """The split, or None when the batch runs exact."""
-    req = batch.reqs[0] if batch.reqs else None
+    req = next((req for req in batch.reqs if insides.notes_of(req).wish is not None), None)
     if req is None or (wish := insides.notes_of(req).wish) is None:
         return None
     prompt = insides.prompt_of(req)

@@ -68,7 +68,7 @@ def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
 
 def _take_a_namespace(scheduler: Any, req: Any, notes: requests.Notes, name: str | None, context_end: int) -> None:
     """In the radix cache: that of contexts, or one of the request's own, in which nothing is."""
-    if name is not None and context_cache.keeps_contexts(scheduler):
+    if name is not None and notes.kept is None and context_cache.keeps_contexts(scheduler):
         notes.context_end = context_end
         insides.find_contexts_only(req, name)
     else:

@@ -24,9 +24,9 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "dp_size": ((1,), "--dp-size", "start one server a replica, and the router in front"),
     "attn_dp_size": ((1,), "--attn-dp-size", "it splits requests where we split the prompt"),
     "dcp_size": ((1,), "--dcp-size", "the KV of a decoding request must stand on one rank"),
-    "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "a sparse prompt's KV is not reusable"),
-    "enable_lmcache": ((False,), "--enable-lmcache", "a sparse prompt's KV is not reusable"),
-    "enable_flexkv": ((False,), "--enable-flexkv", "a sparse prompt's KV is not reusable"),
+    "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "sparse contexts are kept on the GPU"),
+    "enable_lmcache": ((False,), "--enable-lmcache", "its cache does not keep sparse contexts apart"),
+    "enable_flexkv": ((False,), "--enable-flexkv", "its cache does not keep sparse contexts apart"),
     "enable_kv_cache_sharding": ((False,), "--enable-kv-cache-sharding", "ranks own blocks, not stripes of pages"),
     "disaggregation_enable_kv_checksum": (
         (False,),
@@ -44,6 +44,11 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "dllm_algorithm": ((None,), "--dllm-algorithm", "diffusion models have no prefill"),
     "enable_hisparse": ((False,), "--enable-hisparse", "it keeps part of the KV off the GPU"),
     "kv_cache_dtype": (("auto", "bf16", "bfloat16"), "--kv-cache-dtype", "quantised KV is not supported yet"),
+    "schedule_policy": (
+        ("fcfs", "lpm", "random", "dfs-weight", "lof", "priority", "routing-key", "hrrn"),
+        "--schedule-policy",
+        "it keeps room in a long prompt's batch for short ones, and a sparse prompt runs in a batch of its own",
+    ),
     **_NO_PLUGINS,
     "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }

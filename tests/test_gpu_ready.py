@@ -68,6 +68,8 @@ def test_nothing_is_compiled_once_the_server_is_ready(
             before = compiled(tmp_path / "triton")
             assert before, "no compiled file is found at all"
             methods = {ask(server.url, random_prompt(0, length, 0, vocabulary)) for length in lengths}
+            document = random_prompt(2, 30001, 0, vocabulary)  # found again from the midst of a block on
+            methods |= {ask(server.url, document[:length]) for length in (20_000, 30_001)}
             for question_tokens in QUESTIONS:
                 methods.add(ask(server.url, random_prompt(1, 20000, question_tokens, vocabulary), question_tokens))
             after = compiled(tmp_path / "triton")

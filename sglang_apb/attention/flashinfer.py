@@ -223,11 +223,11 @@ def num_multiprocessors(device: torch.device | str) -> int:
 
 
 def _num_parts(piece: Piece, num_heads: int, num_multiprocessors: int) -> int:
-    """1 where the queries keep half of the multiprocessors busy by themselves."""
+    """1 where the queries keep half of the multiprocessors busy by themselves, or there is little to part."""
     num_blocks = -(-piece.num_queries // QUERIES_A_BLOCK) * num_heads
-    if 2 * num_blocks > num_multiprocessors:
+    if 2 * num_blocks > num_multiprocessors or len(piece.keys) < MAX_PARTS:
         return 1
-    return max(min(MAX_PARTS, BLOCKS_A_MULTIPROCESSOR * num_multiprocessors // num_blocks, len(piece.keys)), 1)
+    return max(min(MAX_PARTS, BLOCKS_A_MULTIPROCESSOR * num_multiprocessors // num_blocks), 1)
 
 
 def _queries_of_one_part(num_heads: int, device: torch.device | str) -> int:

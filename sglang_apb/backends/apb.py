@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -100,11 +100,21 @@ class ApbBackend(PrefillBackend):
 
     def builds(self) -> Sequence[Build]:
         model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype
-        layout = self._layout_from(WARM_UP_TOKENS)
-        sparse = None
-        if layout is not None:
-            sparse = SparseAttention(layout, self._group, self._engine, self._selector, device)
-        return building.builds(self._engine, sparse, self._config.order, model, dtype, device)
+        attentions = [
+            SparseAttention(layout, self._group, self._engine, self._selector, device)
+            for layout in self._layouts_to_run()
+        ]
+        return building.builds(self._engine, attentions, self._config.order, model, dtype, device)
+
+    def _layouts_to_run(self) -> Iterator[Layout]:
+        """Of a prompt, and of prompts with a block of each rank cached in part."""
+        if (layout := self._layout_from(WARM_UP_TOKENS)) is None:
+            return
+        yield layout
+        for rank in range(layout.num_ranks):
+            if self.context_name is not None and (own := layout.blocks_of(rank)):
+                block = layout.blocks[own[len(own) // 2]]
+                yield dataclasses.replace(layout, num_cached=(block.start + block.end) // 2)
 
     def _layout_from(self, num_tokens: int) -> Layout | None:
         """None when no prompt that fits in the model's context can be laid out."""

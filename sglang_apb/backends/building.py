@@ -5,6 +5,7 @@ FlashInfer and Triton compile at their first use, for minutes, and ranks meet at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from sglang_apb.layout import Span, num_rows
 
 def builds(
     engine: AttentionEngine,
-    sparse: SparseAttention | None,
+    attentions: Sequence[SparseAttention],
     order: str,
     model: Any,
     dtype: torch.dtype,
@@ -27,8 +28,7 @@ def builds(
 ) -> list[Build]:
     """Every module and kernel that a prompt can need, in the model's `dtype`.
 
-    sparse: of a prompt whose layer is then run once, in `order`; None if none can be laid out. model: SGLang's
-    ModelConfig.
+    attentions: of prompts whose layer is then run once each, in `order`. model: SGLang's ModelConfig.
     """
     heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
     found = [
@@ -38,15 +38,25 @@ def builds(
             for length in engine.kernels.select_lengths
         ),
     ]
-    if sparse is not None:
-        rows = num_rows(sparse.rows.tokens)
-        found.append(Build("a layer", lambda: _attend(sparse, LayerRows.random(rows, *heads, device, dtype), order)))
+    for sparse in attentions:
+        name = "a layer behind cached tokens" if sparse.layout.num_cached else "a layer"
+        found.append(Build(name, partial(_run_layer, sparse, heads, device, dtype, order)))
     return found
 
 
 def _select(kernels: Kernels, length: int, num_kv_heads: int, device: torch.device | str) -> None:
     candidates = Candidates.of([Span(0, length)], [1], device)
     kernels.select(torch.zeros(1, num_kv_heads, length, device=device), candidates)
+
+
+def _run_layer(
+    sparse: SparseAttention, heads: tuple[int, int, int], device: torch.device | str, dtype: torch.dtype, order: str
+) -> None:
+    num_cached = num_rows(sparse.layout.cached_on(sparse.rank))
+    noise = LayerRows.random(num_cached + num_rows(sparse.rows.tokens), *heads, device, dtype)
+    if num_cached:
+        noise = LayerRows(noise.q[num_cached:], noise.k.contiguous(), noise.v.contiguous(), noise.scale)
+    _attend(sparse, noise, order)
 
 
 def _attend(sparse: SparseAttention, noise: LayerRows, order: str) -> None:

@@ -96,7 +96,10 @@ class KvCache:
     def _behind_cached(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         num_cached = len(self._cached_slots)
         both = rows.new_empty((num_cached + len(rows), *rows.shape[1:]))
-        torch.index_select(buffer, 0, self._cached_slots, out=both[:num_cached])
+        if buffer.dtype == rows.dtype:
+            torch.index_select(buffer, 0, self._cached_slots, out=both[:num_cached])
+        else:  # `--kv-cache-dtype`
+            both[:num_cached] = buffer[self._cached_slots]
         both[num_cached:] = rows
         return both
 

@@ -99,6 +99,7 @@ class SparseAttention:
         device: torch.device | str,
     ) -> None:
         self.layout = layout
+        self.rank = group.rank
         self.rows = layout.rows_of(group.rank)
         self._group = group
         self._kernels = engine.kernels
@@ -118,17 +119,18 @@ class SparseAttention:
             _ = self._candidates.block_of_selected
         self._passing_order = self._order_of_passing(device)
         self._seeing = self._groups()
-        self._cached_part_pieces = self._pieces_of_cached_part()
+        self._cached_part = self._piece_of_cached_part()
         question = len(layout.question)
-        self._own, self._cached_part, self._question, self._question_itself, *self._before = engine.plan(
+        self._own, self._question, self._question_itself, *self._before = engine.plan(
             [
                 self._own_pieces(),
-                self._cached_part_pieces,
                 [Piece(question, Span(0, len(self._context_keys)))],
                 [Piece(question, Span(0, question), causal=True)],
+                *([] if self._cached_part is None else [[self._cached_part]]),
                 *(group.pieces for group in self._seeing),
             ]
         )
+        self._attend_cached_part = None if self._cached_part is None else self._before.pop(0)
 
     def _keys_of_blocks(self) -> dict[int, Span]:
         """Of each own block, cached or not: where its tokens' keys are. They follow each other."""
@@ -151,12 +153,12 @@ class SparseAttention:
             for span in (*spans, *self.rows.blocks.values())
         ]
 
-    def _pieces_of_cached_part(self) -> list[Piece]:
+    def _piece_of_cached_part(self) -> Piece | None:
         """What the first own rows see of the cached tokens of their block, if it is cached in part."""
         for block, rows in self.rows.blocks.items():
             if (start := self._keys[block].start) < self._num_cached:
-                return [Piece(len(rows), Span(start, self._num_cached))]
-        return []
+                return Piece(len(rows), Span(start, self._num_cached))
+        return None
 
     def _groups(self) -> list[_Group]:
         """Own blocks that see something of what is handed on, in row order; only the prompt's first may not."""
@@ -247,9 +249,9 @@ class SparseAttention:
         if end == 0:
             return layer.q.new_empty((0, layer.q.shape[1]), dtype=torch.float32)
         lse = self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
-        for piece in self._cached_part_pieces:
-            rows = slice(0, piece.num_queries)  # of the rank's first block with rows
-            cached = self._cached_part(layer.q[rows], layer.k, layer.v, layer.scale)
+        if self._cached_part is not None and self._attend_cached_part is not None:
+            rows = slice(0, self._cached_part.num_queries)  # of the rank's first block with rows
+            cached = self._attend_cached_part(layer.q[rows], layer.k, layer.v, layer.scale)
             own_lse = lse[rows].clone()
             self._kernels.merge((out[rows], cached.out), (own_lse, cached.lse), out[rows], lse[rows])
         return lse
