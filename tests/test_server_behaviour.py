@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 from asking import ALL_PASSED, GREEDY, assert_ran_sparse, generate, prompts
-from conftest import cluster, running, server
+from conftest import cluster, running, server, thorough
 
 pytestmark = pytest.mark.server
 MIXED_LENGTHS = (9, 40, 200, 530, 700, 1100, 1600, 2000)
@@ -168,6 +168,19 @@ def test_a_wish_for_the_question_is_followed(ours: Asked) -> None:
     report = generate(ours.url, ours.prompts[0], sampling_params=wish).prefill
     assert report is not None
     assert report["question_tokens"] == 21
+
+
+@thorough
+def test_the_papers_preset_runs(smollm2: Path, log_dirs: Iterator[Path]) -> None:
+    """Its recomputed anchor has more rows than the prompt has tokens."""
+    prompt = prompts(smollm2, (2500,))[0]
+    with running(
+        server(smollm2, next(log_dirs), "--prefill-backend", "apb", "--prefill-backend-config", "paper")
+    ) as url:
+        answer = generate(url, prompt)
+        assert_ran_sparse(answer, num_ranks=1)
+        assert generate(url, prompt).cached_tokens == 0, "its KV depends on the question"
+        assert generate(url, prompt).token_ids == answer.token_ids
 
 
 def test_retraction_under_kv_pressure(model: Path, log_dirs: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:

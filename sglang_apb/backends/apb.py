@@ -160,6 +160,8 @@ class ApbBackend(PrefillBackend):
         behind the cached ones.
         """
         device = forward_batch.input_ids.device
+        # By it SGLang cuts off padding; with a recomputed anchor there are more rows than the batch has tokens.
+        forward_batch.global_num_token_non_padded_cpu = None
         with forward_context(ForwardContext(attn_backend=attention)):  # type: ignore[arg-type]
             return self._runner.model.model(
                 forward_batch.input_ids[indices(tokens, device) - num_cached], indices(positions, device), forward_batch
