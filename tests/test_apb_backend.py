@@ -84,3 +84,23 @@ def test_activations_are_those_of_the_rank_with_most_rows() -> None:
     recomputed = backend(block=188, anchor=100, anchor_mode="recomputed")
     copied = 100 + len(recomputed.plan(1000, Wish()).question)
     assert recomputed.activation_bytes(recomputed.plan(1000, Wish())) == (1000 + copied) * int(row) + of_question
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cached_keys_stand_before_the_rows_whatever_the_pools_type(dtype: torch.dtype) -> None:
+    """`--kv-cache-dtype` may be another one than the model's."""
+    pool = torch.arange(20 * 2 * 4, dtype=torch.float32).view(20, 2, 4)
+    runner = SimpleNamespace(
+        token_to_kv_pool=SimpleNamespace(
+            get_key_buffer=lambda layer: pool.to(dtype), get_value_buffer=lambda layer: -pool.to(dtype)
+        ),
+        req_to_token_pool=None,
+    )
+    layout = apb.layouts.plan(12, ApbConfig(block=4, question_tokens=2), num_cached=6)
+    slots = torch.arange(19, 7, -1)
+    cache = apb.KvCache(runner, slots, layout, RankGroup(), False, lambda layer: None)
+    rows = apb.LayerRows.random(6, 4, 2, 4, "cpu", torch.float32)
+    found = cache.with_cached(0, rows)
+    assert found.q is rows.q
+    for both, cached, new in ((found.k, pool, rows.k), (found.v, -pool, rows.v)):
+        assert torch.equal(both, torch.cat((cached[slots[:6]].to(dtype).float(), new)))

@@ -144,6 +144,11 @@ REFUSED = {
     (*APB, "--is-embedding"): "(['LlamaForCausalLM'], --is-embedding) does not go with --prefill-backend apb",
     (*APB, "--disaggregation-mode", "decode"): "belongs on the prefill server",
     (*APB, "--tokenizer-worker-num", "2"): "--tokenizer-worker-num (2) does not go with --prefill-backend apb",
+    (
+        *APB,
+        "--schedule-policy",
+        "shortest-prefill-first",
+    ): "--schedule-policy ('shortest-prefill-first') does not go with",
     (*APB, "--enable-flexkv"): "--enable-flexkv (True) does not go with",
     (*APB, *ZMQ, "--disaggregation-enable-kv-checksum"): "--disaggregation-enable-kv-checksum (True) does not go with",
     (*APB, *ZMQ, "--optimistic-prefill-attempts", "1"): "--optimistic-prefill-attempts (1) does not go with",

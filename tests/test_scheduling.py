@@ -116,6 +116,12 @@ def test_a_sparse_prompt_that_was_batched_or_cut_fails(
     assert req.skip_radix_cache_insert
 
 
+def test_a_rank_that_keeps_its_own_part_leaves_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the tree that keeps contexts, too, whose name a user may give: tokens of other ranks have no slots here."""
+    req = decided(Request(500), monkeypatch, keeps_parts=True, config=SPARSE, page_size=1, keeps_contexts=True)
+    assert insides.notes_of(req).context_end is None and req.skip_radix_cache_insert
+
+
 @pytest.mark.parametrize("context_name", ["apb 100 512", None])
 def test_a_context_has_a_namespace_where_it_can_be_found_again(
     context_name: str | None, monkeypatch: pytest.MonkeyPatch
