@@ -1,7 +1,7 @@
 """Official point: `register_radix_cache_backend`, a subclass of SGLang's radix cache. No target is patched.
 
 Reason: of a sparse prompt the context is found again, and its question never is: its K and V are those of exact
-attention over the context. The context stands under an `extra_key` of its own (`insides.find_contexts_only`), so that
+attention over the context. The context stands under an `extra_key` of its own (`insides.take_namespace`), so that
 neither exact prompts nor those of other lengths find it.
 """
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from sglang_apb import requests
 from sglang_apb.options import PluginOptions
-from sglang_apb.requests import PARAMETER, Notes, Prompt
+from sglang_apb.requests import MARK, PARAMETER, Notes, Prompt
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -154,9 +153,9 @@ def refuse(req: Any, sentence: str) -> None:
 
 def discard(req: Any, sentence: str) -> None:
     """The request ends with HTTP 500 when its batch has run, whatever that gave; nothing of it is found again."""
-    leave_nothing_cached(req)
     from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+    leave_nothing_cached(req)
     req.discard_output_reason = FINISH_ABORT(sentence, HTTPStatus.INTERNAL_SERVER_ERROR, "InternalServerError")
 
 
@@ -168,14 +167,11 @@ def no_logits(model_runner: Any, num_requests: int) -> Any:
     return LogitsProcessorOutput(torch.zeros(shape, device=model_runner.device))
 
 
-def find_nothing_cached(req: Any) -> None:
-    """SGLang's prefix cache keeps what has another `extra_key` apart."""
-    req.extra_key = f"{req.extra_key or ''}{requests.MARK}{req.rid}"
-
-
-def find_contexts_only(req: Any, name: str) -> None:
-    """Those that were computed under this `name`, of requests with the same `extra_key`."""
-    req.extra_key = f"{req.extra_key or ''}{requests.MARK}{name}"
+def take_namespace(req: Any, name: str) -> None:
+    """SGLang's prefix cache keeps apart what has another `extra_key`: of requests whose clients gave the same one, the
+    request finds those that took the same `name`.
+    """
+    req.extra_key = f"{req.extra_key or ''}{MARK}{name}"
 
 
 def leave_nothing_cached(req: Any) -> None:

@@ -85,8 +85,9 @@ def _stream_of(batch: Any, model_runner: Any) -> Callable[[int], None]:
 
 def _plan(batch: Any, model_runner: Any) -> Any:
     """The split, or None when the batch runs exact."""
-    req = next((req for req in batch.reqs if insides.notes_of(req).wish is not None), None)
-    if req is None or (wish := insides.notes_of(req).wish) is None:
+    wished = ((req, insides.notes_of(req).wish) for req in batch.reqs)
+    req, wish = next((pair for pair in wished if pair[1] is not None), (None, None))
+    if wish is None:
         return None
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens

@@ -70,9 +70,9 @@ def _take_a_namespace(scheduler: Any, req: Any, notes: requests.Notes, name: str
     """In the radix cache: that of contexts, or one of the request's own, in which nothing is."""
     if name is not None and notes.kept is None and context_cache.keeps_contexts(scheduler):
         notes.context_end = context_end
-        insides.find_contexts_only(req, name)
+        insides.take_namespace(req, name)
     else:
-        insides.find_nothing_cached(req)
+        insides.take_namespace(req, req.rid)
         insides.leave_nothing_cached(req)
 
 

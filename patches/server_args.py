@@ -50,7 +50,6 @@ def _take_ranks(server_args: Any, previous: Step) -> None:
     with _ending_in_one_line():
         options_module.check_front(server_args, options, is_rust=envs.SGLANG_RUST_SERVER.get())
     if options.is_set and insides.may_have_our_cache(server_args):
-        context_cache.register()
         declare_resolution(server_args, "sglang-apb", radix_cache_backend=context_cache.NAME)
     if sp_size > 1:
         with _ending_in_one_line():

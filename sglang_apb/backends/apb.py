@@ -111,8 +111,8 @@ class ApbBackend(PrefillBackend):
         if (layout := self._layout_from(WARM_UP_TOKENS)) is None:
             return
         yield layout
-        for rank in range(layout.num_ranks):
-            if self.context_name is not None and (own := layout.blocks_of(rank)):
+        for rank in range(layout.num_ranks if self.context_name is not None else 0):
+            if own := layout.blocks_of(rank):
                 block = layout.blocks[own[len(own) // 2]]
                 yield dataclasses.replace(layout, num_cached=(block.start + block.end) // 2)
 

@@ -52,7 +52,7 @@ def _select(kernels: Kernels, length: int, num_kv_heads: int, device: torch.devi
 def _run_layer(
     sparse: SparseAttention, heads: tuple[int, int, int], device: torch.device | str, dtype: torch.dtype, order: str
 ) -> None:
-    num_cached = num_rows(sparse.layout.cached_on(sparse.rank))
+    num_cached = sparse.num_cached
     noise = LayerRows.random(num_cached + num_rows(sparse.rows.tokens), *heads, device, dtype)
     if num_cached:
         noise = LayerRows(noise.q[num_cached:], noise.k.contiguous(), noise.v.contiguous(), noise.scale)

@@ -99,12 +99,11 @@ class SparseAttention:
         device: torch.device | str,
     ) -> None:
         self.layout = layout
-        self.rank = group.rank
         self.rows = layout.rows_of(group.rank)
         self._group = group
         self._kernels = engine.kernels
         self._selector = selector
-        self._num_cached = num_rows(layout.cached_on(group.rank))
+        self.num_cached = num_rows(layout.cached_on(group.rank))  # own tokens
         self._keys = self._keys_of_blocks()
         self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
@@ -119,18 +118,18 @@ class SparseAttention:
             _ = self._candidates.block_of_selected
         self._passing_order = self._order_of_passing(device)
         self._seeing = self._groups()
-        self._cached_part = self._piece_of_cached_part()
+        cached_part = self._piece_of_cached_part()
         question = len(layout.question)
         self._own, self._question, self._question_itself, *self._before = engine.plan(
             [
                 self._own_pieces(),
                 [Piece(question, Span(0, len(self._context_keys)))],
                 [Piece(question, Span(0, question), causal=True)],
-                *([] if self._cached_part is None else [[self._cached_part]]),
+                *([] if cached_part is None else [[cached_part]]),
                 *(group.pieces for group in self._seeing),
             ]
         )
-        self._attend_cached_part = None if self._cached_part is None else self._before.pop(0)
+        self._cached_part = None if cached_part is None else (cached_part, self._before.pop(0))
 
     def _keys_of_blocks(self) -> dict[int, Span]:
         """Of each own block, cached or not: where its tokens' keys are. They follow each other."""
@@ -149,15 +148,15 @@ class SparseAttention:
         """Causal attention within the recomputed anchor (if any) and within each own block, in row order."""
         spans = [self.rows.anchor] if self.layout.recomputed else []
         return [
-            Piece(len(span), Span(self._num_cached + span.start, self._num_cached + span.end), causal=True)
+            Piece(len(span), Span(self.num_cached + span.start, self.num_cached + span.end), causal=True)
             for span in (*spans, *self.rows.blocks.values())
         ]
 
     def _piece_of_cached_part(self) -> Piece | None:
         """What the first own rows see of the cached tokens of their block, if it is cached in part."""
         for block, rows in self.rows.blocks.items():
-            if (start := self._keys[block].start) < self._num_cached:
-                return Piece(len(rows), Span(start, self._num_cached))
+            if (start := self._keys[block].start) < self.num_cached:
+                return Piece(len(rows), Span(start, self.num_cached))
         return None
 
     def _groups(self) -> list[_Group]:
@@ -249,9 +248,10 @@ class SparseAttention:
         if end == 0:
             return layer.q.new_empty((0, layer.q.shape[1]), dtype=torch.float32)
         lse = self._own(layer.q[:end], layer.k, layer.v, layer.scale, out[:end]).lse
-        if self._cached_part is not None and self._attend_cached_part is not None:
-            rows = slice(0, self._cached_part.num_queries)  # of the rank's first block with rows
-            cached = self._attend_cached_part(layer.q[rows], layer.k, layer.v, layer.scale)
+        if self._cached_part is not None:
+            piece, attend = self._cached_part
+            rows = slice(0, piece.num_queries)  # of the rank's first block with rows
+            cached = attend(layer.q[rows], layer.k, layer.v, layer.scale)
             own_lse = lse[rows].clone()
             self._kernels.merge((out[rows], cached.out), (own_lse, cached.lse), out[rows], lse[rows])
         return lse

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,17 @@ def write(args: argparse.Namespace, plans: Sequence[ServerPlan], settings: Seque
         servers={plan.name: list(plan.arguments) for plan in plans},
         **content,
     )
+
+
+def finish(args: argparse.Namespace, draw: Callable[[Path, str], None], *, has_figures: bool) -> None:
+    """Says where results are; `draw` makes the picture, of a path and a title. Raises CommandError without figures."""
+    if args.output:
+        print(f"written to {args.output}")
+    if args.plot:
+        draw(args.plot, f"{model_name(args)}, {place(args.gpus)}")
+        print(f"drawn in {args.plot}")
+    if not has_figures:
+        raise CommandError(f"no server gave a figure; logs: {args.log_dir}")
 
 
 def vocab_size(model_config: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import requests
@@ -21,7 +22,7 @@ from sglang_apb.commands import CommandError
 from sglang_apb.commands.bench import compared
 from sglang_apb.commands.bench.arguments import count, counts
 from sglang_apb.commands.bench.servers import BenchServer
-from sglang_apb.commands.bench.table import APB, NO_FIGURE, markdown, shown_ratio, shown_seconds
+from sglang_apb.commands.bench.table import NO_FIGURE, best_over_apb, markdown, shown_ratio, shown_seconds
 from sglang_apb.commands.bench.timed_prompts import ask, random_prompt
 
 HELP = "a document asked again and a chat that grows: what the prefix cache saves, APB against plain SGLang"
@@ -70,13 +71,7 @@ def run(args: argparse.Namespace) -> int:
             if args.output:
                 compared.write(args, plans, _SETTINGS, results=[asdict(each) for each in asked])
     print(describe(asked))
-    if args.output:
-        print(f"written to {args.output}")
-    if args.plot:
-        draw(args.plot, asked, f"{compared.model_name(args)}, {compared.place(args.gpus)}")
-        print(f"drawn in {args.plot}")
-    if all(each.seconds is None for each in asked):
-        raise CommandError(f"no server gave a figure; logs: {args.log_dir}")
+    compared.finish(args, partial(draw, asked), has_figures=any(each.seconds is not None for each in asked))
     return 0
 
 
@@ -129,17 +124,17 @@ def describe(asked: Sequence[Asked]) -> str:
             row = {each.server: each for each in of_series if each.number == number}
             times = {name: each.seconds for name, each in row.items()}
             length = next(iter(row.values())).num_tokens
-            rows.append([str(number), f"{length:,}", *_cells(row, servers), shown_ratio(_ratio(times))])
+            rows.append([str(number), f"{length:,}", *_cells(row, servers), shown_ratio(best_over_apb(times))])
         totals = {name: _total([each.seconds for each in of_series if each.server == name]) for name in servers}
         both = [part for name in servers for part in (shown_seconds(totals[name]), NO_FIGURE)]
-        rows.append(["all", NO_FIGURE, *both, shown_ratio(_ratio(totals))])
+        rows.append(["all", NO_FIGURE, *both, shown_ratio(best_over_apb(totals))])
         columns = [column for name in servers for column in (name, "found")]
         parts.append(markdown([series, "tokens", *columns, "best plain / apb"], rows))
     reasons = dict.fromkeys(f"- {each.server}: {each.reason}" for each in asked if each.reason is not None)
     return "\n\n".join(["", *parts, *reasons])
 
 
-def draw(path: Path, asked: Sequence[Asked], title: str) -> None:
+def draw(asked: Sequence[Asked], path: Path, title: str) -> None:
     """Needs matplotlib. A line a server over the requests of each series."""
     from matplotlib.figure import Figure
 
@@ -163,13 +158,6 @@ def draw(path: Path, asked: Sequence[Asked], title: str) -> None:
 def _cells(row: Mapping[str, Asked], servers: Sequence[str]) -> list[str]:
     pairs = ((shown_seconds(row[name].seconds), f"{row[name].cached_tokens:,}") for name in servers)
     return [cell for pair in pairs for cell in pair]
-
-
-def _ratio(times: Mapping[str, float | None]) -> float | None:
-    """The best plain SGLang's time over APB's."""
-    plain = [seconds for name, seconds in times.items() if name != APB and seconds is not None]
-    apb = times.get(APB)
-    return min(plain) / apb if plain and apb else None
 
 
 def _total(times: Sequence[float | None]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +54,13 @@ def rate_of(timing: Timing, flop: int | None, num_gpus: int) -> Rate | None:
 
 def ratio(timings: Sequence[Timing], length: int) -> float | None:
     """The best plain SGLang's median over APB's: above 1, APB is faster. None when one of them is missing."""
-    medians = {timing.server: timing.median for timing in timings if timing.length == length}
-    apb = medians.pop(APB, None)
-    plain = [median for median in medians.values() if median is not None]
+    return best_over_apb({timing.server: timing.median for timing in timings if timing.length == length})
+
+
+def best_over_apb(seconds: Mapping[str, float | None]) -> float | None:
+    """The same of each server's time, None where it has none."""
+    apb = seconds.get(APB)
+    plain = [time for server, time in seconds.items() if server != APB and time is not None]
     return min(plain) / apb if plain and apb else None
 
 

@@ -62,13 +62,8 @@ def run(args: argparse.Namespace) -> int:
     print(describe(timings, work, args.gpus))
     if args.trace:
         print(describe_traces(args.trace, args.lengths))
-    if args.output:
-        print(f"written to {args.output}")
-    if args.plot:
-        bench_plot.write(args.plot, timings, f"{compared.model_name(args)}, {compared.place(args.gpus)}")
-        print(f"drawn in {args.plot}")
-    if all(timing.median is None for timing in timings):
-        raise CommandError(f"no server gave a figure; logs: {args.log_dir}")
+    has_figures = any(timing.median is not None for timing in timings)
+    compared.finish(args, lambda path, title: bench_plot.write(path, timings, title), has_figures=has_figures)
     return 0
 
 

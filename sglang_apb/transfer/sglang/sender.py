@@ -61,7 +61,6 @@ class ZmqKVSender(Polled, CommonKVSender):
         self._prefix_pages = 0
         self._announced = False
         self._streamed: set[int] = set()
-        self._streamed_from = 0  # a page; what is cached of a prompt may leave before its own batch
         self._last_send = 0.0
         self._request = PrefillRequest(mgr.prefill_endpoint, bootstrap_room)
         super().__init__(mgr, bootstrap_addr, self.bootstrap_room, req_has_disagg_prefill_dp_rank)
@@ -120,7 +119,7 @@ class ZmqKVSender(Polled, CommonKVSender):
         """
         if not self._can_send() or layer in self._streamed:
             return
-        self._streamed_from = first = self.curr_idx
+        first = self.curr_idx  # what is cached of a prompt may have left before its own batch
         for start, end in ownership.clip(self._announce(), (first, self.num_kv_indices)):
             ids = partial(_part, page_ids, (start - first, end - first))
             self._request.send_pages((start, end), ids, [layer], is_final)
@@ -137,7 +136,7 @@ class ZmqKVSender(Polled, CommonKVSender):
         if not self._can_send():
             return
         first, self.curr_idx = self.curr_idx, self.curr_idx + len(kv_indices)
-        if self._streamed and (first, self.curr_idx) != (self._streamed_from, self.num_kv_indices):
+        if self._streamed and self.curr_idx != self.num_kv_indices:
             self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
             return
         is_final = self._take_is_final()
