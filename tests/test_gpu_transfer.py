@@ -107,8 +107,9 @@ def receiver_of(pages: CudaPages, heads: range, plane: str, **settings: Any) -> 
 
 
 def is_ready(peer: PrefillPeer) -> bool:
-    """Whether one of its planes but ZMQ is."""
-    return any(getattr(half, "_remote", None) or getattr(half, "fetcher", None) for half in peer.pair.halves)
+    """Whether one of its planes but ZMQ is. The receiver's thread knows a peer before it connects it."""
+    halves = peer.pair.halves if hasattr(peer, "pair") else ()
+    return any(getattr(half, "_remote", None) or getattr(half, "fetcher", None) for half in halves)
 
 
 def until_found(receiver: DecodeEndpoint) -> None:
