@@ -48,8 +48,12 @@ def _create(context: Any) -> Any:
         def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
             end = insides.notes_of(req).context_end
             up_to = up_to if end is None else min(up_to, end)
-            if end is None or not self._would_free_what_decode_reads(req, up_to):
+            if end is None or not (self._has(req, up_to) or self._would_free_what_decode_reads(req, up_to)):
                 super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+
+        def _has(self, req: Any, up_to: int) -> bool:
+            """A prefill server asks again and again while a prompt is between its rounds."""
+            return not req.finished() and 0 < up_to // self.page_size * self.page_size <= req.kv.cache_protected_len
 
         def _would_free_what_decode_reads(self, req: Any, up_to: int) -> bool:
             """Where another prompt has left the same context meanwhile, the tree frees this one's copy at once. Its

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang_apb.layout import Span
 from sglang_apb.options import PluginOptions
 from sglang_apb.requests import MARK, PARAMETER, Notes, Prompt
 
@@ -190,13 +191,11 @@ def is_prefill(batch: Any, model_runner: Any) -> bool:
     return bool(batch.forward_mode.is_extend() and not model_runner.is_draft_worker)
 
 
-def num_cached(batch: Any, num_tokens: int) -> int | None:
-    """How many of the first tokens of the batch's one request, which it computes up to `num_tokens`, are in the cache;
-    None when it is another batch.
-    """
-    if len(batch.reqs) != 1 or batch.prefix_lens[0] + batch.extend_lens[0] != num_tokens:
+def computed_tokens(batch: Any) -> Span | None:
+    """What the batch computes of its one request; None when it has several."""
+    if len(batch.reqs) != 1:
         return None
-    return int(batch.prefix_lens[0])
+    return Span(int(batch.prefix_lens[0]), int(batch.prefix_lens[0] + batch.extend_lens[0]))
 
 
 def num_prefills_ended(batch: Any) -> int:
@@ -211,12 +210,58 @@ def admitted(adder: Any) -> list[Any]:
 
 
 @contextmanager
-def without_chunks(adder: Any) -> Iterator[None]:
-    chunk, adder.rem_chunk_tokens = adder.rem_chunk_tokens, None
+def chunk_of(adder: Any, num_tokens: int | None) -> Iterator[None]:
+    """Within it SGLang cuts a prompt after so many tokens; None: it does not."""
+    chunk, adder.rem_chunk_tokens = adder.rem_chunk_tokens, num_tokens
     try:
         yield
     finally:
         adder.rem_chunk_tokens = chunk
+
+
+def num_new_tokens(req: Any) -> int:
+    """Tokens of the request that are to be computed yet; it has been matched with the cache."""
+    return len(req.full_untruncated_fill_ids) - int(req.prefix_len)
+
+
+def num_computed(req: Any) -> int:
+    """Tokens of the request that are computed or cached."""
+    return int(req.prefix_len)
+
+
+def has_slots(adder: Any, num_tokens: int) -> bool:
+    """Whether the pool has them for a prompt that is being prefilled, those included that the cache would free."""
+    return bool(num_tokens + adder.page_size <= adder.memory_budget.remaining_total)
+
+
+def chunked_prompt(scheduler: Any) -> Any:
+    """The request that is between two of its chunks, or None."""
+    return scheduler.chunked_req
+
+
+def count_no_chunk(req: Any) -> None:
+    """SGLang has counted a chunk of the request for a batch that has none: it would drop its last token, too."""
+    req.inflight_middle_chunks -= 1
+
+
+def give_up_if_failed(scheduler: Any, req: Any) -> bool:
+    """Whether the request between two chunks was discarded. It then ends before the next pass."""
+    if (reason := req.discard_output_reason) is None:
+        return False
+    if (sender := sender_of(req)) is not None:
+        sender.refuse(reason.message)
+    scheduler._pending_chunked_abort_req = req
+    return True
+
+
+def may_decode(scheduler: Any, running_batch: Any) -> bool:
+    """Whether requests decode that SGLang gives no turn of their own between chunks (`--prefill-decode-interval`)."""
+    return bool(
+        not running_batch.is_empty()
+        and not running_batch.is_prefill_only
+        and scheduler.prefill_decode_interval == 0
+        and pair_half() is None
+    )
 
 
 def charge(adder: Any, num_tokens: int) -> None:
@@ -242,10 +287,10 @@ def write_request_row(batch: Any, row: int, slots: torch.Tensor) -> None:
     req.kv.kv_allocated_len = req.kv.kv_committed_len = len(slots)
 
 
-def request_row(batch: Any, req: Any) -> torch.Tensor:
-    """The slots of the request's tokens [what decode has in its cache, the prompt's end), int32 on the device."""
+def unsent_row(batch: Any, req: Any) -> torch.Tensor:
+    """The slots of the request's tokens [those that were sent, the batch's end), int32 on the device."""
     table = batch.req_to_token_pool.req_to_token
-    return table[req.kv.req_pool_idx, req.start_send_idx : len(req.origin_input_ids)]  # type: ignore[no-any-return]
+    return table[req.kv.req_pool_idx, req.start_send_idx : req.extend_end]  # type: ignore[no-any-return]
 
 
 def take_slots(tree_cache: Any, num_slots: int) -> torch.Tensor:

@@ -15,12 +15,13 @@ from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb.backends.base import PADDING_SLOT, KeptTokens
+from sglang_apb.layout import Span
 
 
 def _kept_tokens(batch: Any) -> KeptTokens | None:
     """None as well for a prompt that SGLang batched or cut after all, which fails in its forward pass."""
     kept = insides.notes_of(batch.reqs[0]).kept
-    return kept if kept is not None and insides.num_cached(batch, kept.num_tokens) == 0 else None
+    return kept if kept is not None and insides.computed_tokens(batch) == Span(0, kept.num_tokens) else None
 
 
 def _allocate(original: Any, batch: Any) -> Any:

@@ -70,8 +70,12 @@ def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any)
 
 def _attach(result: Any, batch: Any, model_runner: Any) -> None:
     plan = _plan(batch, model_runner)
-    report = {"method": "exact"} if plan is None else backend_of(model_runner).report(plan)
-    if plan is not None:
+    if plan is None:
+        report = {"method": "exact"}
+    else:
+        notes = insides.notes_of(batch.reqs[0])
+        is_later = notes.handed_on.ends_at(plan.num_cached)
+        report = notes.report if is_later else backend_of(model_runner).report(plan)
         result.sparse = SparsePrefill(model_runner, batch.reqs[0], plan, _stream_of(batch, model_runner))
     result.prefill_report, result.num_prefills_ended = report, insides.num_prefills_ended(batch)
     for req in batch.reqs:
@@ -91,12 +95,14 @@ def _plan(batch: Any, model_runner: Any) -> Any:
         return None
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens
-    if (num_cached := insides.num_cached(batch, num_tokens)) is None:
+    computed, rounds = insides.computed_tokens(batch), insides.notes_of(req).rounds
+    round_end = None if computed is None or rounds is None else rounds.end_of(computed.start)
+    if computed is None or computed.end != (round_end or num_tokens):
         # Its KV would be exact attention's under the name of a sparse context.
         raise RuntimeError("a sparse prompt was batched or cut by SGLang: this is a bug of sglang-apb")
     settings = config.parse(insides.options_of(model_runner.server_args).config_text)
     wish = requests.Wish(requests.question_tokens(prompt, wish, settings))
-    return backend_of(model_runner).plan(num_tokens, wish, num_cached)
+    return backend_of(model_runner).plan(num_tokens, wish, computed.start, round_end)
 
 
 def _forward(
@@ -140,11 +146,12 @@ class SparsePrefill:
     on_layer: Callable[[int], None]
 
     def run(self, forward_batch: Any) -> Any:
-        """SGLang's LogitsProcessorOutput of the prompt's last token; of no meaning when it failed."""
+        """SGLang's LogitsProcessorOutput of the prompt's last token; of no meaning when it failed or goes on."""
         backend, num_ranks = backend_of(self.model_runner), insides.options_of(self.model_runner.server_args).sp_size
         as_one_rank = insides.as_one_rank if num_ranks > 1 else nullcontext
         with as_one_rank():
-            run = self._try(lambda: backend.prepare(forward_batch, self.plan, self.on_layer))
+            handed_on = insides.notes_of(self.req).handed_on
+            run = self._try(lambda: backend.prepare(forward_batch, self.plan, self.on_layer, handed_on))
         if num_ranks > 1 and not _all_have(run) and run is not None:
             insides.discard(self.req, "Another prefill rank could not prepare the prompt; its log says why.")
             run = None

@@ -21,7 +21,7 @@ from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of, replicates_kv
 from sglang_apb.patches.row_chunks import CHUNK_ROWS
 
-from sglang_apb import capacity
+from sglang_apb import backends, capacity, config
 from sglang_apb.backends.activations import RowSizes
 from sglang_apb.capacity import Space
 
@@ -40,16 +40,19 @@ def _leave_space(available_bytes: int, configurator: Any, pre_model_load_memory:
         configurator.device, configurator.gpu_id, distributed=world.world_size > 1, cpu_group=world.cpu_group
     )
     free_bytes = int(free_gib * (1 << 30))
-    sizes, num_ranks = RowSizes.of(configurator.model_config), insides.options_of(server_args).sp_size
-    replicate = replicates_kv(server_args)
-    per_row = sizes.bytes_per_row(num_ranks if replicate else 0)
-    per_token = per_row // num_ranks if replicate else per_row
-    kv = sizes.kv_bytes_per_token(configurator.model_config.num_hidden_layers)
-    taken = _fixed_bytes(configurator.model_config) + _table_bytes(configurator, free_bytes // kv)
-    taken += capacity.STARTING_BYTES
-    longest = configurator.model_config.context_len
-    num_longest = longest if replicate else -(-longest // num_ranks)
-    return min(available_bytes, capacity.pool_bytes(free_bytes - taken, kv, per_token, num_longest))
+    model, options = configurator.model_config, insides.options_of(server_args)
+    kv = RowSizes.of(model).kv_bytes_per_token(model.num_hidden_layers)
+    taken = _fixed_bytes(model) + _table_bytes(configurator, free_bytes // kv) + capacity.STARTING_BYTES
+    replicate, settings = replicates_kv(server_args), config.parse(options.config_text)
+    of_prompt = backends.load(options.backend).activations(
+        model, settings, options.sp_size, configurator.page_size, replicate
+    )
+    parts = 1 if replicate else options.sp_size  # a pool takes prompts of so many times its tokens
+
+    def of_longest(num_tokens: int) -> int:
+        return of_prompt(min(parts * num_tokens, model.context_len))
+
+    return min(available_bytes, capacity.pool_bytes(free_bytes - taken, kv, of_longest))
 
 
 def _fixed_bytes(model_config: Any) -> int:

@@ -1,16 +1,14 @@
-"""Targets: `Scheduler._add_request_to_queue`, `PrefillAdder.add_one_req`.
+"""Target: `Scheduler._add_request_to_queue`.
 
-Reason: a sparse prompt is laid out as a whole: it runs alone in its batch, and what is not cached of it in one piece.
-In the radix cache it finds contexts of sparse prompts alone, and where a context's KV depends on the question nothing.
+Reason: before any queue sees a request it is decided how it runs; its batches are formed in rounds.py. In the radix
+cache a sparse prompt finds contexts of sparse prompts alone, and where a context's KV depends on the question nothing.
 Official points: the request's `extra_key`, `skip_radix_cache_insert`, and a cache of our own (context_cache.py).
-`Scheduler.get_prefill_adder_class` is a hook of its own, and no smaller: for prompts that come in rounds.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from sglang_apb.patches import context_cache, insides, prompt_memory
@@ -29,6 +27,7 @@ def _decide(self: Any, req: Any, is_retracted: bool = False) -> None:
     ends the request, on all ranks alike.
     """
     notes = insides.notes_of(req)
+    notes.handed_on.clear()  # it may come back from the midst of its rounds
     if is_retracted or notes.is_decided:
         return
     notes.is_decided = True
@@ -62,6 +61,7 @@ def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
     if lack := _find_lack_of_memory(runner, prompt.num_tokens, backend.activation_bytes(plan)):
         return lack
     notes.wish, notes.kept, notes.owned_pages = wish, kept, backend.owned_pages(plan)
+    notes.rounds = backend.rounds(plan)
     _take_a_namespace(scheduler, req, notes, backend.context_name, plan.context_end)
     return ""
 
@@ -103,46 +103,11 @@ def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None
     )
 
 
-def _is_sparse(req: Any) -> bool:
-    return insides.notes_of(req).wish is not None
-
-
-def _add_alone_and_whole(
-    original: Any, self: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None
-) -> Any:
-    from sglang.srt.managers.schedule_policy import AddReqResult
-
-    others = insides.admitted(self)
-    if any(map(_is_sparse, others)) or (_is_sparse(req) and others):
-        return AddReqResult.OTHER
-    if not _is_sparse(req):
-        return original(self, req, has_chunked_req, truncation_align_size)
-    with insides.without_chunks(self), _charging_kept_tokens_only(self, req):
-        return original(self, req, has_chunked_req, truncation_align_size)
-
-
-@contextmanager
-def _charging_kept_tokens_only(adder: Any, req: Any) -> Iterator[None]:
-    """SGLang counts the whole prompt against the pool's free space; tokens that other ranks keep take none here."""
-    kept = insides.notes_of(req).kept
-    num_elsewhere = 0 if kept is None else kept.num_elsewhere
-    insides.charge(adder, -num_elsewhere)
-    yield
-    if req not in insides.admitted(adder):
-        insides.charge(adder, num_elsewhere)
-
-
 PATCHES = (
     Patch(
         "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",
         "before",
         ("self", "req", "is_retracted"),
         _decide,
-    ),
-    Patch(
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_one_req",
-        "around",
-        ("self", "req", "has_chunked_req", "truncation_align_size"),
-        _add_alone_and_whole,
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglang_apb.backends.base import PrefillBackend, Wish
@@ -55,11 +56,16 @@ def _prompt_fits(backend: PrefillBackend, num_tokens: int, space: Space) -> bool
     return space.activation_bytes is None or backend.activation_bytes(plan) <= space.activation_bytes
 
 
-def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: int, num_longest: int) -> int:
-    """How much of `free_bytes` to give to a KV pool, so that a prompt that fills it can be computed in the rest, or the
-    longest that there can be, of which a rank keeps `num_longest` tokens.
+def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: Callable[[int], int]) -> int:
+    """How much of `free_bytes` to give to a KV pool, so that the longest prompt in it can be computed in the rest.
 
-    kv_bytes, activation_bytes: of one more token that a rank keeps.
+    kv_bytes: of one token. activation_bytes: of the longest prompt that a pool of so many tokens takes.
     """
-    free = max(free_bytes, 0)
-    return max(free * kv_bytes // (kv_bytes + activation_bytes), free - num_longest * activation_bytes)
+    low, high = 0, max(free_bytes, 0) // kv_bytes + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if middle * kv_bytes + activation_bytes(middle) <= free_bytes:
+            low = middle
+        else:
+            high = middle
+    return low * kv_bytes

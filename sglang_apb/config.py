@@ -13,7 +13,6 @@ from sglang_apb.settings import ConfigError, check_choice, check_int, setting
 OPTION = "--prefill-backend-config"
 ALL = "all"
 ANCHOR_MODES = ("shared", "recomputed")
-BALANCES = ("zigzag", "contiguous")
 ORDERS = ("one_pass", "two_pass")
 ENGINES = ("torch", "flashinfer")
 DEFAULT_MAX_PASSING = 16384
@@ -52,6 +51,13 @@ class ApbConfig:
         f"shorter prompts run as exact attention; if left out {DEFAULT_MIN_TOKENS}, {DEFAULT_MIN_TOKENS_ONE_GPU} on "
         "one GPU, where exact attention is as fast below",
     )
+    round_tokens: int = setting(
+        16384,
+        "tokens that each rank computes of a long prompt before others get a turn; whole blocks, at least one",
+    )
+    between_rounds: int = setting(
+        8192, "tokens of other prompts that may be computed between two rounds of a long one; 0: they wait for its end"
+    )
     selector: str = setting(
         "key_diff",
         "how passing tokens are chosen: key_diff, those whose keys are least like their block's, or the paper's query, "
@@ -60,22 +66,20 @@ class ApbConfig:
     anchor_mode: str = setting(
         "shared", "shared: send the anchor's KV; recomputed: the paper's anchor, with the question inserted"
     )
-    balance: str = setting("zigzag", "which rank owns which block: zigzag evens out the work, or contiguous")
     order: str = setting("one_pass", "one_pass: the question rides along; two_pass: the paper's order, context first")
     engine: str | None = setting(
         None, "what computes: flashinfer with Triton kernels, on CUDA, or torch; the faster that can if left out"
     )
 
     def __post_init__(self) -> None:
-        for name in ("anchor", "question_tokens", "min_tokens"):
+        for name in ("anchor", "question_tokens", "min_tokens", "between_rounds"):
             check_int(name, getattr(self, name), minimum=0 if name != "question_tokens" else 1)
-        for name in ("block", "max_passing"):
+        for name in ("block", "max_passing", "round_tokens"):
             check_int(name, getattr(self, name), minimum=1)
         if self.passing != ALL:
             check_int("passing", self.passing, minimum=0, also=f'"{ALL}"')
         check_choice("selector", self.selector, SELECTORS)
         check_choice("anchor_mode", self.anchor_mode, ANCHOR_MODES)
-        check_choice("balance", self.balance, BALANCES)
         check_choice("order", self.order, ORDERS)
         if self.engine is not None:
             check_choice("engine", self.engine, ENGINES)
@@ -86,6 +90,11 @@ class ApbConfig:
                 'order="two_pass" is the paper\'s, whose anchor holds the question: add anchor_mode="recomputed", or '
                 'use order="one_pass"'
             )
+
+    @property
+    def is_steered_by_question(self) -> bool:
+        """Whether a context token's K and V depend on what follows it, too."""
+        return self.selector != "key_diff" or self.anchor_mode == "recomputed"
 
     @property
     def bound(self) -> int | None:

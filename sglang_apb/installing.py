@@ -34,6 +34,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         prefill_forward,
         prompt_memory,
         request_checks,
+        rounds,
         row_chunks,
         scheduling,
         transfer_backend,
@@ -48,7 +49,8 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         wanted += portable_cpu.PATCHES
     if options.is_set:
         context_cache.register()
-        wanted += (*scheduling.PATCHES, *prefill_forward.PATCHES, *prompt_memory.PATCHES, *row_chunks.PATCHES)
+        wanted += (*scheduling.PATCHES, *rounds.PATCHES, *prefill_forward.PATCHES)
+        wanted += (*prompt_memory.PATCHES, *row_chunks.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
     if our_transfer:

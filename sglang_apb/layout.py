@@ -8,9 +8,10 @@
 Rows of block i attend to the anchor before the block, the passing tokens of blocks 0..i-1, and their own
 block causally. The question attends to the whole context and, causally, to itself. No key is seen twice.
 
-Of a context whose first tokens are in the KV cache, only the others have rows:
+A round computes some of a prompt's tokens. Those before them are in the KV cache, those behind come in later rounds,
+the question in the last:
 
-    [0 ...... num_cached) [num_cached ... context_end) [context_end ... num_tokens)
+    [0 ..... num_cached) [num_cached ..... round_end) [round_end ..... num_tokens)
 
 With a bound on passing tokens, at every BOUND_EVERY-th block border the best by score of all that earlier blocks
 handed on stay, for the blocks of the period behind it:
@@ -52,6 +53,11 @@ class Span:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+    def within(self, other: Span) -> Span:
+        """What both have; empty where they have nothing."""
+        start = min(max(self.start, other.start), self.end)
+        return Span(start, max(min(self.end, other.end), start))
 
 
 def num_rows(spans: Iterable[Span]) -> int:
@@ -122,10 +128,29 @@ class Layout:
     recomputed: bool = False
     max_passing: int | None = None  # at a period's start
     num_cached: int = 0  # the context's first tokens, whose K and V are there
+    round_end: int | None = None  # None: the prompt's
 
     @property
     def question(self) -> Span:
         return Span(self.context_end, self.num_tokens)
+
+    @property
+    def is_last_round(self) -> bool:
+        """Whether the question is computed."""
+        return self.round_end is None
+
+    @property
+    def computed_context(self) -> Span:
+        """What this round computes of the context; empty where all of it is cached."""
+        end = self.context_end if self.round_end is None else self.round_end
+        return Span(min(self.num_cached, end), end)
+
+    @property
+    def computed_blocks(self) -> Span:
+        """Numbers of the blocks with tokens in this round."""
+        computed = self.computed_context
+        first = sum(block.end <= computed.start for block in self.blocks)
+        return Span(first, first + sum(block.start < computed.end for block in self.blocks[first:]))
 
     @property
     def num_blocks(self) -> int:
@@ -179,10 +204,10 @@ class Layout:
             return 0
         return self.anchor + max(self.num_staying) + BOUND_EVERY * self.passing
 
-    def passing_of(self, period: int) -> Span:
-        """What the period's blocks hand on, among the passing tokens of all blocks in the prompt's order."""
-        start = sum(map(self._num_passing_of, range(period)))
-        return Span(start, start + self._num_passing_of(period))
+    @property
+    def most_shared_keys(self) -> int:
+        """At most, of what a block sees of those before it."""
+        return self.num_bounded_keys or self.num_shared_keys(self.num_blocks - 1)
 
     def _num_passing_of(self, period: int, end: int | None = None) -> int:
         """Passing tokens of the period's blocks, before block `end` if given."""
@@ -214,29 +239,26 @@ class Layout:
 
     def rows_of(self, rank: int) -> RankRows:
         """The rows that `rank` computes."""
-        new = {i: Span(max(self.blocks[i].start, self.num_cached), self.blocks[i].end) for i in self.blocks_of(rank)}
-        return RankRows(self.anchor_copy, {i: span for i, span in new.items() if span.start < span.end}, self.question)
+        new = {i: self.blocks[i].within(self.computed_context) for i in self.blocks_of(rank)}
+        question = self.question if self.is_last_round else Span(0, 0)
+        return RankRows(self.anchor_copy, {i: span for i, span in new.items() if len(span)}, question)
 
     def cached_on(self, rank: int) -> tuple[Span, ...]:
         """Cached tokens of the blocks that `rank` owns, in the prompt's order."""
-        spans = (self.blocks[i] for i in self.blocks_of(rank))
-        return tuple(Span(span.start, min(span.end, self.num_cached)) for span in spans if span.start < self.num_cached)
-
-    @property
-    def computes_context(self) -> bool:
-        return self.num_cached < self.context_end
+        spans = (self.blocks[i].within(Span(0, self.num_cached)) for i in self.blocks_of(rank))
+        return tuple(span for span in spans if len(span))
 
     def owner_runs(self, span: Span) -> list[tuple[int, Span]]:
         """`span` of the context cut where the owning rank changes: (rank, tokens), in order."""
         runs: list[tuple[int, Span]] = []
         for owner, block in zip(self.owners, self.blocks, strict=True):
-            start, end = max(span.start, block.start), min(span.end, block.end)
-            if start >= end:
+            part = block.within(span)
+            if not len(part):
                 continue
             if runs and runs[-1][0] == owner:
-                runs[-1] = (owner, Span(runs[-1][1].start, end))
+                runs[-1] = (owner, Span(runs[-1][1].start, part.end))
             else:
-                runs.append((owner, Span(start, end)))
+                runs.append((owner, part))
         return runs
 
     @cached_property
@@ -277,11 +299,12 @@ def plan(
     page_size: int = 1,
     question_tokens: int | None = None,
     num_cached: int = 0,
+    round_end: int | None = None,
 ) -> Layout:
     """The layout of a prompt of `num_tokens`. `question_tokens` overrides the configuration's (one request's wish).
 
-    Block borders are page borders; the question grows by up to a page to make it so. num_cached: of the context's first
-    tokens, whose K and V are there. Raises LayoutError when the question leaves no whole page of context.
+    Block borders are page borders; the question grows by up to a page to make it so. num_cached, round_end: see
+    `Layout`. Raises LayoutError when the question leaves no whole page of context.
     """
     wanted = question_tokens or num_question_tokens(num_tokens, config)
     context_end = (num_tokens - wanted) // page_size * page_size
@@ -302,11 +325,12 @@ def plan(
         anchor=anchor,
         passing=context_end if passing == ALL else int(passing),
         blocks=blocks,
-        owners=tuple(_owner(i, len(blocks), num_ranks, config.balance) for i in range(len(blocks))),
+        owners=tuple(_owner(i, num_ranks) for i in range(len(blocks))),
         num_ranks=num_ranks,
         recomputed=recomputed,
         max_passing=config.bound,
         num_cached=num_cached,
+        round_end=round_end,
     )
 
 
@@ -334,10 +358,8 @@ def _paper_length(num_tokens: int, divisor: int) -> int:
     return -(-num_tokens // (divisor * PAPER_STEP)) * PAPER_STEP
 
 
-def _owner(block: int, num_blocks: int, num_ranks: int, balance: str) -> int:
-    """Zigzag deals blocks 0..R-1, then R-1..0: late blocks see more passing tokens, and each rank gets its share."""
-    if balance == "contiguous":
-        return block * num_ranks // num_blocks
+def _owner(block: int, num_ranks: int) -> int:
+    """Deals blocks 0..R-1, then R-1..0: late blocks see more passing tokens, and each rank gets its share."""
     turn, seat = divmod(block, num_ranks)
     return seat if turn % 2 == 0 else num_ranks - 1 - seat
 

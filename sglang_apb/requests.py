@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from sglang_apb import layout
 from sglang_apb.backends.base import KeptTokens, Wish
+from sglang_apb.backends.handed_on import HandedOn
 from sglang_apb.config import ApbConfig
+from sglang_apb.rounds import Rounds
 
 # The key of a request's `custom_params` that speaks to us: {"prefill": {"question_tokens": 300, "exact": false}}
 PARAMETER = "prefill"
@@ -40,6 +42,8 @@ class Notes:
 
     is_decided: bool = False
     wish: Wish | None = None  # None: the exact path
+    rounds: Rounds | None = None  # where a sparse prompt may be cut; None: it runs in one piece
+    handed_on: HandedOn = field(default_factory=HandedOn)  # from round to round
     context_end: int | None = None  # of a sparse prompt whose context others may find in the radix cache
     kept: KeptTokens | None = None  # what of its KV this rank keeps; None: every token
     slots: torch.Tensor | None = None  # of `kept`, while they are taken

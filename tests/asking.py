@@ -15,8 +15,8 @@ _WORDS = (
     *("family", "student", "night", "house", "street", "river", "garden"),
 )
 GREEDY = {"max_new_tokens": 32, "temperature": 0, "ignore_eos": True}
-# Exact attention written by blocks: every token is passed on.
-ALL_PASSED = '{"passing": "all", "block": 128, "anchor": 128, "min_tokens": 512}'
+# Exact attention written by blocks, in rounds of two a rank: every token is passed on.
+ALL_PASSED = '{"passing": "all", "block": 128, "anchor": 128, "round_tokens": 256, "min_tokens": 512}'
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def backend(group: Any = None, replicate_kv: bool = False, **config: Any) -> apb
         model_config=model_config(64, 4, 2, 16, 128, torch.float32, context_len=8192),
         dtype=torch.float32,
         device="cpu",
-        token_to_kv_pool_allocator=SimpleNamespace(page_size=1),
+        page_size=1,
     )
     return apb.ApbBackend(runner, ApbConfig(**config), RankGroup(group), replicate_kv=replicate_kv)
 
@@ -98,7 +98,7 @@ def test_cached_keys_stand_before_the_rows_whatever_the_pools_type(dtype: torch.
     )
     layout = apb.layouts.plan(12, ApbConfig(block=4, question_tokens=2), num_cached=6)
     slots = torch.arange(19, 7, -1)
-    cache = apb.KvCache(runner, slots, layout, RankGroup(), False, lambda layer: None)
+    cache = apb.KvCache(runner, slots, layout, RankGroup(), False, True, lambda layer: None)
     rows = apb.LayerRows.random(6, 4, 2, 4, "cpu", torch.float32)
     found = cache.with_cached(0, rows)
     assert found.q is rows.q

@@ -102,8 +102,8 @@ def test_calls_of_a_layer_counted_by_hand() -> None:
     }
     # A row of keys, or of values, is 2 heads * 8 numbers * 4 bytes = 64 bytes, one of queries or results 128.
     assert {name: case.num_bytes for name, case in cases.items() if case.num_bytes} == {
-        "scores": (2 + 3) * 64 + 2 * 2 * 3 * 4,
-        "select": 2 * 2 * 3 * 4 + 2 * 4,
+        "scores": 2 * 64 + 2 * 2 * 4,  # of block 0: the last one hands nothing on
+        "select": 2 * 2 * 4 + 2 * 4,
         "pack": 2 * 4 + 2 * (64 + 64),
         "merge of 2, 2 rows": 3 * (2 * 128) + 2 * (2 * 4 * 4),
         "merge of 2, 3 rows": 3 * (3 * 128) + 2 * (3 * 4 * 4),

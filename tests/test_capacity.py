@@ -12,6 +12,7 @@ from tiny_models import llama_8b
 
 from sglang_apb import capacity
 from sglang_apb.backends.activations import RowSizes
+from sglang_apb.backends.apb import ApbBackend
 from sglang_apb.backends.base import KeptTokens, Wish
 from sglang_apb.capacity import Space
 from sglang_apb.config import ApbConfig
@@ -97,19 +98,32 @@ def test_a_pool_leaves_what_its_prompt_takes() -> None:
     """Llama-3.1-8B on 63 GiB beside its weights: slots for more than half of 512K tokens on each of two GPUs."""
     sizes, free = RowSizes.of(llama_8b()), 63 << 30
     free -= capacity.FIXED_BYTES + sizes.feed_forward_bytes(24576)
-    kv = sizes.kv_bytes_per_token(32)
+    kv, row = sizes.kv_bytes_per_token(32), sizes.bytes_per_row()
     assert kv == 131072
-    pool = capacity.pool_bytes(free, kv, sizes.bytes_per_row(), num_longest=524_288)
+    pool = capacity.pool_bytes(free, kv, lambda num_tokens: num_tokens * row)
     num_tokens = pool // kv
     assert num_tokens > 262_144 + 256
-    assert pool + num_tokens * sizes.bytes_per_row() == pytest.approx(free, rel=1e-5)
-    assert capacity.pool_bytes(-1, kv, 1, num_longest=9) == 0
+    assert pool + num_tokens * row <= free < pool + kv + (num_tokens + 1) * row
+    assert capacity.pool_bytes(-1, kv, lambda num_tokens: num_tokens) == 0
     assert sizes.bytes_per_row(num_ranks_gathered=2) > sizes.bytes_per_row()
 
 
 def test_no_more_is_left_than_the_models_longest_prompt_takes() -> None:
-    assert capacity.pool_bytes(1000, kv_bytes=3, activation_bytes=2, num_longest=200) == 600
-    assert capacity.pool_bytes(1000, kv_bytes=3, activation_bytes=2, num_longest=50) == 900
+    assert capacity.pool_bytes(1000, 3, lambda num_tokens: 2 * min(num_tokens, 200)) == 600
+    assert capacity.pool_bytes(1000, 3, lambda num_tokens: 2 * min(num_tokens, 50)) == 900
+
+
+def test_in_rounds_a_longer_prompt_takes_little_more() -> None:
+    """Of Llama-3.1-8B: what a bound leaves of passing tokens in 32 layers, and one layer's keys for the question."""
+    of_prompt = {
+        round_tokens: ApbBackend.activations(llama_8b(), ApbConfig(round_tokens=round_tokens), 1, 1, False)
+        for round_tokens in (16384, 1 << 20)
+    }
+    whole, in_rounds = of_prompt[1 << 20], of_prompt[16384]
+    assert in_rounds(16384) == whole(16384)
+    handed_on = 32 * (512 + 16384 + 16 * 128) * 4096
+    assert in_rounds(1_000_000) - handed_on < 1_000_000 * 4096 + 2e9 < whole(1_000_000) / 5
+    assert in_rounds(1_000_000) - in_rounds(500_000) == pytest.approx(500_000 * 4096, rel=0.01)
 
 
 def test_a_question_counts_with_its_partial_results() -> None:

@@ -7,7 +7,8 @@ import itertools
 import pytest
 
 from sglang_apb.config import ApbConfig, ConfigError, parse
-from sglang_apb.layout import LayoutError, plan
+from sglang_apb.layout import LayoutError, num_rows, plan
+from sglang_apb.rounds import rounds_of
 
 CONFIGS = [
     ApbConfig(),
@@ -15,7 +16,7 @@ CONFIGS = [
     ApbConfig(block=205, anchor=7, passing=3),
     ApbConfig(block=100, anchor=100, passing=0),
     ApbConfig(anchor=900, passing=11),
-    ApbConfig(block=300, passing="all", balance="contiguous"),
+    ApbConfig(block=300, passing="all"),
     ApbConfig(block=300, anchor_mode="recomputed", order="two_pass"),
     parse("paper"),
 ]
@@ -69,13 +70,29 @@ def test_the_papers_lengths_follow_the_prompt() -> None:
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_zigzag_evens_out_the_passing_work(num_ranks: int) -> None:
-    def work(balance: str) -> list[int]:
-        layout = plan(65536, ApbConfig(balance=balance), num_ranks=num_ranks)
-        return [sum(layout.blocks_of(rank)) for rank in range(num_ranks)]
+def test_ranks_have_as_much_to_do_in_all_and_in_every_round(num_ranks: int) -> None:
+    whole = plan(65536 + 256, ApbConfig(), num_ranks=num_ranks)
+    assert len({sum(whole.blocks_of(rank)) for rank in range(num_ranks)}) == 1, "work with what was handed on"
+    rounds, start = rounds_of(whole, 2048), 0
+    while (end := rounds.end_of(start)) is not None:
+        layout = plan(65536 + 256, ApbConfig(), num_ranks=num_ranks, num_cached=start, round_end=end)
+        assert [num_rows(layout.rows_of(rank).tokens) for rank in range(num_ranks)] == [2048] * num_ranks
+        start = end
+    assert start == 65536 - 2048 * num_ranks
 
-    assert len(set(work("zigzag"))) == 1
-    assert len(set(work("contiguous"))) == num_ranks
+
+@pytest.mark.parametrize(
+    ("start", "end"), [(0, 400), (1, 600), (200, 600), (399, 800), (400, 800), (799, None), (800, None)]
+)
+def test_a_round_ends_on_a_unit(start: int, end: int | None) -> None:
+    """Of two ranks with blocks of 100 tokens; what a cached beginning leaves of its last unit comes on top."""
+    layout = plan(1250, ApbConfig(block=100, anchor=30, question_tokens=250), num_ranks=2)
+    assert rounds_of(layout, 250).end_of(start) == end
+
+
+def test_the_first_round_has_the_whole_anchor() -> None:
+    layout = plan(1250, ApbConfig(block=100, anchor=450, question_tokens=250), num_ranks=2)
+    assert rounds_of(layout, 1).end_of(0) == 600
 
 
 def test_a_key_is_anchor_or_candidate_never_both() -> None:
@@ -107,7 +124,8 @@ def test_question_that_leaves_no_context_is_refused_with_the_numbers() -> None:
         ('{"block": 0}', "block must be a whole number of at least 1, not 0"),
         ('{"num_blocks": 16}', "unknown option 'num_blocks'.*known: block, anchor"),
         ('{"selector": "best"}', "selector must be one of query"),
-        ('{"balance": "even"}', "balance must be one of zigzag, contiguous"),
+        ('{"round_tokens": 0}', "round_tokens must be a whole number of at least 1, not 0"),
+        ('{"between_rounds": -1}', "between_rounds must be a whole number of at least 0, not -1"),
         ('{"order": "two_pass"}', 'add anchor_mode="recomputed"'),
         ("/no/such/file", r"neither a JSON object, nor a preset \(paper\), nor a readable file"),
     ],

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang_apb.patches import door, insides, pd_decode, pd_prefill, pd_prompt, pd_refusal, scheduling
+from sglang_apb.patches import door, insides, pd_decode, pd_prefill, pd_prompt, pd_refusal
 
-from sglang_apb.backends.base import KeptTokens, Wish
-from sglang_apb.layout import Span
 from sglang_apb.requests import Notes
 
 REPORT = {"method": "apb", "num_ranks": 2, "attention_share": 0.25}
@@ -99,31 +97,6 @@ def test_a_report_that_cannot_be_read_is_passed_on(share: str | None, kept: Any)
     req = request(None)
     pd_decode._keep_report(None, SimpleNamespace(kv_receiver=receiver, req=req))
     assert req.customized_info["prefill"][0].get("attention_share") == kept
-
-
-@pytest.mark.parametrize("is_admitted", [True, False])
-def test_tokens_that_other_ranks_keep_are_not_charged(is_admitted: bool) -> None:
-    kept = KeptTokens(1000, (Span(0, 450),), 480, Span(900, 1000))
-    req = request(None, wish=Wish(), kept=kept)
-    adder = SimpleNamespace(
-        can_run_list=[], memory_budget=SimpleNamespace(total_offset=50, current_offset=20), rem_chunk_tokens=512
-    )
-
-    def add(self: Any, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> str:
-        assert self.rem_chunk_tokens is None  # it is not cut
-        self.memory_budget.total_offset += 1000
-        self.memory_budget.current_offset += 1000
-        if is_admitted:
-            self.can_run_list.append(req)
-        else:
-            self.memory_budget.total_offset -= 1000
-            self.memory_budget.current_offset -= 1000
-        return "done"
-
-    assert scheduling._add_alone_and_whole(add, adder, req, False, None) == "done"
-    charged = kept.num_slots if is_admitted else 0
-    assert (adder.memory_budget.total_offset, adder.memory_budget.current_offset) == (50 + charged, 20 + charged)
-    assert adder.rem_chunk_tokens == 512
 
 
 class Receiver:

@@ -12,11 +12,13 @@ from sglang_apb.patches import prompt_memory
 from tiny_models import llama_8b
 
 from sglang_apb import capacity
+from sglang_apb.backends.apb import ApbBackend
+from sglang_apb.config import ApbConfig
 from sglang_apb.options import PluginOptions
 
 GIB = 1 << 30
-# Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token; a row's activations 51,814.
-KV_BYTES, ROW_BYTES = 131072, 51814
+# Llama-3.1-8B: 8 KV heads of 128 in 32 layers are 131,072 bytes of KV a token.
+KV_BYTES = 131072
 FEED_FORWARD_BYTES = 24576 * (3 * 14336 + 4096) * 2
 KEPT_FREE = capacity.FIXED_BYTES + capacity.STARTING_BYTES
 FREE_GIB, CONTEXT = 60, 131072
@@ -34,8 +36,13 @@ def configurator(device: str = "cuda", is_given: bool = False, sp_size: int = 1)
         gpu_id=0,
         server_args=server_args,
         model_config=llama_8b(num_hidden_layers=32, context_len=CONTEXT),
+        page_size=1,
         resolve_max_num_reqs=lambda num_tokens: 16,
     )
+
+
+def of_prompt(num_tokens: int) -> int:
+    return ApbBackend.activations(llama_8b(), ApbConfig(), 1, 1, False)(num_tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -46,26 +53,19 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_pool_leaves_what_its_rows_take() -> None:
-    pool = prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
+    pool = prompt_memory._leave_space(60 * GIB, configurator(), 0.0)
     table = 16 * CONTEXT * 4
     free = FREE_GIB * GIB - KEPT_FREE - FEED_FORWARD_BYTES - table
-    assert free // (KV_BYTES + ROW_BYTES) > CONTEXT
-    assert pool == free - CONTEXT * ROW_BYTES  # no prompt is longer
+    assert free // KV_BYTES > CONTEXT
+    assert 0 <= free - of_prompt(CONTEXT) - pool < KV_BYTES  # no prompt is longer
 
 
 def test_a_small_pool_leaves_what_its_rows_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang.srt.utils, "get_available_gpu_memory", lambda *args, **more: 20)
     pool = prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
-    taken = pool // KV_BYTES * (KV_BYTES + ROW_BYTES)
+    num_tokens = pool // KV_BYTES
     free = 20 * GIB - KEPT_FREE - FEED_FORWARD_BYTES - 16 * CONTEXT * 4
-    assert free - (KV_BYTES + ROW_BYTES) < taken <= free
-
-
-def test_ranks_that_all_keep_everything_compute_a_part_of_the_rows_each() -> None:
-    """Each rank has a slot for every token of a prompt, and activations for its share."""
-    alone = configurator(sp_size=2)
-    alone.server_args.disaggregation_mode = "null"
-    assert prompt_memory._leave_space(50 * GIB, alone, 0.0) > prompt_memory._leave_space(50 * GIB, configurator(), 0.0)
+    assert pool + of_prompt(num_tokens) <= free < pool + KV_BYTES + of_prompt(num_tokens + 1)
 
 
 def test_a_smaller_pool_stays_as_it_is() -> None:

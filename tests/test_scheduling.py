@@ -12,6 +12,7 @@ from sglang_apb.backends.base import KeptTokens
 from sglang_apb.config import parse
 from sglang_apb.layout import plan
 from sglang_apb.options import PluginOptions
+from sglang_apb.rounds import rounds_of
 
 SPACE = 300_000_000  # bytes
 
@@ -61,6 +62,7 @@ def decided(
         owned_pages=lambda layout: layout.owned_pages(0, page_size),
         activation_bytes=lambda layout: 1_000_000 * len(layout.question),
         context_name=context_name,
+        rounds=lambda layout: rounds_of(layout, 1) if context_name and not keeps_parts else None,
         plan=lambda num_tokens, wish: plan(
             num_tokens, parse(config), num_ranks=2, page_size=page_size, question_tokens=wish.question_tokens
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,13 +66,17 @@ def test_prompts_that_begin_alike_keep_their_pages(plain: Plain, log_dirs: Itera
     assert any(answer.cached_tokens >= 800 for answer in together), "no prompt was found, so nothing was tested"
 
 
-LOSSY = '{"block": 128, "anchor": 64, "passing": 16, "min_tokens": 256, "question_tokens": 40}'
+# In rounds of one block a rank, between which others run.
+LOSSY = (
+    '{"block": 128, "anchor": 64, "passing": 16, "round_tokens": 128, "between_rounds": 300, "min_tokens": 256, '
+    '"question_tokens": 40}'
+)
 EXACT = GREEDY | {"custom_params": {"prefill": {"exact": True}}}
 
 
 @pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2])
 def test_a_context_is_found_again(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
-    """Whole, in part, and from the midst of a block on: the answer is that of a server that has found nothing."""
+    """Whole, in part, from the midst of a block on: the answer is one without a cache's, in rounds or in one piece."""
     arguments = ("--prefill-backend", "apb", "--sp-size", str(num_ranks), "--prefill-backend-config", LOSSY)
     document = plain.prompts[1300]
     context_end = len(document) - 40
@@ -101,6 +106,9 @@ def test_a_context_is_found_again(num_ranks: int, plain: Plain, log_dirs: Iterat
             requests.post(f"{url}/flush_cache", timeout=60).raise_for_status()
             print(name)
             assert_same_tokens(ask(prompt, 0), found)
+    in_one_piece = (*arguments[:-1], json.dumps(json.loads(LOSSY) | {"round_tokens": 10_000}))
+    with running(server(plain.model, next(log_dirs), *in_one_piece)) as url:
+        assert_same_tokens(ask(document, 0), first)
 
 
 @pytest.mark.parametrize("is_early", [pytest.param(False, marks=thorough), True], ids="early send: {}".format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,12 @@ from sglang_apb.attention import sdpa
 from sglang_apb.attention.base import Piece
 from sglang_apb.attention.sdpa import SdpaEngine
 from sglang_apb.backends import sparse_attention
+from sglang_apb.backends.handed_on import HandedOn, Shared
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span, plan
 from sglang_apb.rank_group import RankGroup
+from sglang_apb.rounds import rounds_of
 
 # tests/test_kernels.py runs this file in Triton's interpreter, too, where our kernels compute what goes with attention.
 KERNELS = TRITON if os.environ.get("TRITON_INTERPRET") == "1" else REFERENCE
@@ -45,7 +48,6 @@ CONFIGS = {
     ),
     "short last block": ApbConfig(block=50, anchor=20, passing=9),
     "more ranks than blocks": ApbConfig(block=90, anchor=20, passing=9),
-    "contiguous": ApbConfig(block=26, anchor=11, passing=4, balance="contiguous"),
     "recomputed": ApbConfig(block=45, anchor=30, passing=6, selector="query", anchor_mode="recomputed"),
     "the paper's": ApbConfig(
         block=45, anchor=30, passing=6, selector="query", anchor_mode="recomputed", order="two_pass"
@@ -87,7 +89,8 @@ def local_rows(layout: Layout, rank: int) -> torch.Tensor:
     rows = list(range(copied))
     for span in layout.rows_of(rank).block_tokens.values():
         rows += range(copied + span.start, copied + span.end)
-    return torch.tensor(rows + list(range(copied + layout.context_end, copied + layout.num_tokens)))
+    question = layout.question if layout.is_last_round else Span(0, 0)
+    return torch.tensor(rows + list(range(copied + question.start, copied + question.end)), dtype=torch.int64)
 
 
 def attend_on_rank(
@@ -239,40 +242,56 @@ def test_appended_text_changes_no_row_of_the_context(max_passing: int | None) ->
     assert float((rows - context_rows(NUM_TOKENS, asked, sequence)[: len(rows)]).abs().max()) > 100 * TOLERANCE
 
 
-# Of 180 context tokens: nothing but a part of the first block or the anchor; on a border, and beside one; all but one;
-# all.
-CACHED = (1, 7, 40, 90, 91, 135, 179, 180)
+# Of 180 context tokens: none; nothing but a part of the first block or the anchor; on a border, and beside one; all but
+# one; all.
+CACHED = (0, 1, 7, 40, 90, 91, 135, 179, 180)
+# Tokens that each rank computes in a round: one block, some, all.
+ROUND_TOKENS = (1, 25, NUM_TOKENS)
 CACHING = [name for name, config in CONFIGS.items() if config.anchor_mode == "shared" and config.selector == "key_diff"]
 
 
-def errors_behind_cached(group: Any, num_ranks: int, device: str = "cpu") -> dict[str, float]:
-    """Largest distance of rows behind cached ones from those of the whole prompt, with each of CACHING."""
+def layer_of(
+    sequence: oracle.Sequence, attention: SparseAttention, rank: int, device: str
+) -> tuple[torch.Tensor, LayerRows]:
+    """A round's rows: their numbers, and what a layer has of them."""
+    layout = attention.layout
+    rows, cached = local_rows(layout, rank), torch.empty(0, dtype=torch.int64)
+    if attention.num_cached:
+        cached = torch.cat([torch.arange(span.start, span.end) for span in layout.cached_on(rank)])
+        assert len(cached) == attention.num_cached
+    keys = torch.cat((cached, rows))
+    return rows, LayerRows(sequence.q[rows].to(device), *(x[keys].to(device) for x in (sequence.k, sequence.v)), SCALE)
+
+
+def errors_of_rounds(group: Any, num_ranks: int, device: str = "cpu") -> dict[str, float]:
+    """Largest distance of rows that come round after round from those of the whole prompt, with each of CACHING.
+
+    The first round begins behind cached tokens.
+    """
     ranks, errors = RankGroup(group), {}
-    for name in CACHING:
+    for name, num_cached, round_tokens in itertools.product(CACHING, CACHED, ROUND_TOKENS):
         config, sequence = CONFIGS[name], random_sequence(layout_of(CONFIGS[name]))
         wanted = expected(sequence, layout_of(config), config)
-        for num_cached in CACHED:
-            layout = replace(layout_of(config, num_ranks), num_cached=num_cached)
-            attention = SparseAttention(layout, ranks, SdpaEngine(KERNELS), selection.create(config.selector), device)
-            rows = local_rows(layout, ranks.rank)
-            cached = [token for span in layout.cached_on(ranks.rank) for token in range(span.start, span.end)]
-            keys = torch.cat((torch.tensor(cached, dtype=torch.int64), rows))
-            q, k, v = (
-                x[index].to(device)
-                for x, index in zip((sequence.q, sequence.k, sequence.v), (rows, keys, keys), strict=True)
-            )
-            layer = LayerRows(q, k, v, SCALE)
+        whole, handed_on, error, start = layout_of(config, num_ranks), HandedOn(), 0.0, num_cached
+        while True:
+            end = rounds_of(whole, round_tokens).end_of(start)
+            layout = replace(whole, num_cached=start, round_end=end)
+            engine, selector = SdpaEngine(KERNELS), selection.create(config.selector)
+            attention = SparseAttention(layout, ranks, engine, selector, device, handed_on)
+            rows, layer = layer_of(sequence, attention, ranks.rank, device)
             found, last = attention.attend(layer).cpu(), attention.attend_last(layer).cpu()
-            error = max((found - wanted[rows]).abs().max(), (last - wanted[rows[-QUESTION:]]).abs().max())
-            errors[f"{name}, {num_cached} cached"] = float(error)
+            error = max(error, float((found - wanted[rows]).abs().max()))
+            if end is None:
+                error = max(error, float((last - wanted[rows[-QUESTION:]]).abs().max()))
+                break
+            handed_on.num_tokens = start = end
+        errors[f"{name}, {num_cached} cached, rounds of {round_tokens}"] = error
     return errors
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_rows_behind_cached_ones_are_those_of_the_whole_prompt(num_ranks: int) -> None:
-    of_ranks = (
-        run_ranks(num_ranks, errors_behind_cached, num_ranks) if num_ranks > 1 else [errors_behind_cached(None, 1)]
-    )
+def test_rows_of_any_rounds_are_those_of_the_whole_prompt(num_ranks: int) -> None:
+    of_ranks = run_ranks(num_ranks, errors_of_rounds, num_ranks) if num_ranks > 1 else [errors_of_rounds(None, 1)]
     assert len(CACHING) >= 8
     for rank, errors in enumerate(of_ranks):
         for name, error in errors.items():
@@ -343,9 +362,9 @@ class TestGuards:
     def test_a_dropped_passing_block_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         add = SparseAttention._add_shared
 
-        def drop(self: SparseAttention, layer: LayerRows, shared: torch.Tensor, *args: Any) -> None:
+        def drop(self: SparseAttention, layer: LayerRows, shared: Shared, *args: Any) -> None:
             start = self._num_anchor
-            shared[start : start + self._num_passing[0], 1] = 0
+            shared.keys_values[start : start + self.layout.num_passing(0), 1] = 0
             add(self, layer, shared, *args)
 
         monkeypatch.setattr(SparseAttention, "_add_shared", drop)
@@ -373,3 +392,14 @@ class TestGuards:
 
         monkeypatch.setattr(SparseAttention, "_start_question", hide_tail)
         assert error_on_one_rank(CONFIGS["few blocks"]) > 100 * TOLERANCE
+
+    def test_a_round_that_loses_what_was_handed_on_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pop = dict.pop
+
+        class Forgetful(dict[int, Shared]):
+            def pop(self, number: int) -> Shared:  # type: ignore[override]
+                shared = pop(self, number)
+                return Shared(torch.zeros_like(shared.keys_values), shared.scores)
+
+        monkeypatch.setattr(HandedOn, "__init__", lambda self: self.__dict__.update(num_tokens=0, layers=Forgetful()))
+        assert max(errors_of_rounds(None, 1).values()) > 100 * TOLERANCE

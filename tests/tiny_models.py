@@ -34,7 +34,7 @@ def model_config(
         head_dim=head_dim,
         dtype=dtype,
         hf_text_config=SimpleNamespace(intermediate_size=feed_forward),
-        **more,
+        **{"num_hidden_layers": 32} | more,
     )
 
 

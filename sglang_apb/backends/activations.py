@@ -1,11 +1,18 @@
-"""Memory that a sparse prompt's rows take while a layer runs, beside its KV."""
+"""Memory that a sparse prompt takes beside its KV: its rows while a layer runs, and what its rounds hand on."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_apb import layout as layouts
+from sglang_apb.config import ApbConfig
+from sglang_apb.layout import Layout, LayoutError, num_rows
+from sglang_apb.rounds import Rounds, rounds_of
+
 # Freed memory lies in pieces that do not fit what is asked for next; and results of single blocks come on top.
 _ALLOWANCE = 1.15
+# Of a bounded period's keys while its buffer is made: those before, those that stay, the buffer and the last one's.
+_BOUNDED_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -53,3 +60,61 @@ class RowSizes:
 
     def kv_bytes_per_token(self, num_layers: int) -> int:
         return self.kv * self.item_bytes * num_layers
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of a server. `replicate_kv`: each of its ranks ends up with all of a prompt's KV."""
+
+    sizes: RowSizes
+    num_layers: int
+    config: ApbConfig
+    num_ranks: int
+    page_size: int
+    replicate_kv: bool
+
+    @classmethod
+    def of_server(
+        cls, model_config: object, config: ApbConfig, num_ranks: int, page_size: int, replicate_kv: bool
+    ) -> Activations:
+        """model_config: SGLang's ModelConfig."""
+        num_layers: int = model_config.num_hidden_layers  # type: ignore[attr-defined]
+        return cls(RowSizes.of(model_config), num_layers, config, num_ranks, page_size, replicate_kv)
+
+    @property
+    def keeps_parts(self) -> bool:
+        return self.num_ranks > 1 and not self.replicate_kv
+
+    def rounds(self, layout: Layout) -> Rounds | None:
+        if self.config.is_steered_by_question or self.keeps_parts:
+            return None
+        return rounds_of(layout, self.config.round_tokens)
+
+    def num_bytes(self, layout: Layout) -> int:
+        """Of the prompt, on the rank with most of it."""
+        num_own, rounds = layout.most_context_on_a_rank, self.rounds(layout)
+        if rounds is None or rounds.end_of(0) is None:
+            return self._bytes_of_rows(layout, num_own)
+        # A round is a block longer where a found context ends in the midst of one. The last sees all own keys.
+        of_rows = self._bytes_of_rows(layout, min(num_own, (rounds.size + rounds.unit) // self.num_ranks))
+        return of_rows + num_own * self._key_bytes + layout.most_shared_keys * self._key_bytes * self.num_layers
+
+    def num_bytes_of(self, num_tokens: int) -> int:
+        """Of a prompt of so many tokens; 0 when it is too short to be laid out."""
+        try:
+            layout = layouts.plan(num_tokens, self.config, num_ranks=self.num_ranks, page_size=self.page_size)
+        except LayoutError:
+            return 0
+        return self.num_bytes(layout)
+
+    def _bytes_of_rows(self, layout: Layout, num_own: int) -> int:
+        num_question, sizes = len(layout.question), self.sizes
+        per_row = sizes.bytes_per_row(self.num_ranks if self.num_ranks > 1 and self.replicate_kv else 0)
+        of_rows = (num_rows(layout.anchor_copy) + num_own + num_question) * per_row
+        of_question = num_question * sizes.partial_bytes_per_question_row(self.num_ranks)
+        return of_rows + of_question + _BOUNDED_COPIES * layout.num_bounded_keys * self._key_bytes
+
+    @property
+    def _key_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return self.sizes.kv * self.sizes.item_bytes

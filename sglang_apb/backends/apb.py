@@ -18,20 +18,18 @@ from sglang_apb import layout as layouts
 from sglang_apb import selection
 from sglang_apb.attention.base import Build
 from sglang_apb.backends import building
-from sglang_apb.backends.activations import RowSizes
+from sglang_apb.backends.activations import Activations
 from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
+from sglang_apb.backends.handed_on import HandedOn
 from sglang_apb.backends.kv_cache import KvCache, Part, indices
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention, nothing
 from sglang_apb.config import ApbConfig
-from sglang_apb.layout import Layout, Span, num_rows
+from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import RankGroup
+from sglang_apb.rounds import Rounds
 
 # Of the prompt whose layer is run before the server is ready; a longer one where the configuration cannot lay it out.
 WARM_UP_TOKENS = 32768
-
-
-# Of a bounded period's keys while its buffer is made: those before, those that stay, the buffer and the last one's.
-_BOUNDED_COPIES = 4
 
 
 class ApbBackend(PrefillBackend):
@@ -42,27 +40,31 @@ class ApbBackend(PrefillBackend):
         self._config = config
         self._group = group
         self._replicate_kv = replicate_kv
-        self._row_sizes = RowSizes.of(model_runner.model_config)
-        model = model_runner.model_config
+        model, page_size = model_runner.model_config, model_runner.page_size
+        self._activations = Activations.of_server(model, config, group.size, page_size, replicate_kv)
         self._engine = engines.create(
             engines.choose(config.engine, model_runner.device, model_runner.dtype, model.head_dim)
         )
         self._selector = selection.create(config.selector)
 
-    def plan(self, num_tokens: int, wish: Wish, num_cached: int = 0) -> Layout:
+    def plan(self, num_tokens: int, wish: Wish, num_cached: int = 0, round_end: int | None = None) -> Layout:
         return layouts.plan(
             num_tokens,
             self._config,
             num_ranks=self._group.size,
-            page_size=self._runner.token_to_kv_pool_allocator.page_size,
+            page_size=self._runner.page_size,
             question_tokens=wish.question_tokens,
             num_cached=num_cached,
+            round_end=round_end,
         )
+
+    def rounds(self, plan: Layout) -> Rounds | None:
+        return self._activations.rounds(plan)
 
     @property
     def context_name(self) -> str | None:
         config = self._config
-        if config.selector != "key_diff" or config.anchor_mode == "recomputed":
+        if config.is_steered_by_question:
             return None
         return f"apb {config.block} {config.anchor} {config.passing} {config.bound} {config.selector}"
 
@@ -79,11 +81,11 @@ class ApbBackend(PrefillBackend):
         }
 
     def owned_pages(self, plan: Layout) -> list[tuple[int, int]]:
-        return plan.owned_pages(self._group.rank, self._runner.token_to_kv_pool_allocator.page_size)
+        return plan.owned_pages(self._group.rank, self._runner.page_size)
 
     @property
     def keeps_parts(self) -> bool:
-        return self._group.size > 1 and not self._replicate_kv
+        return self._activations.keeps_parts
 
     def kept_tokens(self, plan: Layout) -> KeptTokens | None:
         if not self.keeps_parts:
@@ -92,11 +94,13 @@ class ApbBackend(PrefillBackend):
         return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)
 
     def activation_bytes(self, plan: Layout) -> int:
-        num_local_rows = num_rows(plan.anchor_copy) + plan.most_context_on_a_rank + len(plan.question)
-        per_row = self._row_sizes.bytes_per_row(self._group.size if self._replicate_kv else 0)
-        per_question_row = self._row_sizes.partial_bytes_per_question_row(self._group.size)
-        bounded = plan.num_bounded_keys * self._row_sizes.kv * self._row_sizes.item_bytes
-        return num_local_rows * per_row + len(plan.question) * per_question_row + _BOUNDED_COPIES * bounded
+        return self._activations.num_bytes(plan)
+
+    @staticmethod
+    def activations(
+        model_config: Any, config: ApbConfig, num_ranks: int, page_size: int, replicate_kv: bool
+    ) -> Callable[[int], int]:
+        return Activations.of_server(model_config, config, num_ranks, page_size, replicate_kv).num_bytes_of
 
     def builds(self) -> Sequence[Build]:
         model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype
@@ -124,29 +128,40 @@ class ApbBackend(PrefillBackend):
             num_tokens *= 2
         return None
 
-    def prepare(self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None]) -> Callable[[], Any]:
+    def prepare(
+        self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None], handed_on: HandedOn
+    ) -> Callable[[], Any]:
         device = forward_batch.input_ids.device
-        sparse = SparseAttention(plan, self._group, self._engine, self._selector, device)
-        cache = KvCache(self._runner, self._slots(forward_batch, plan), plan, self._group, self._replicate_kv, on_layer)
-        return partial(self._prefill, forward_batch, sparse, cache)
+        if not handed_on.ends_at(plan.num_cached):
+            handed_on.clear()
+        sparse = SparseAttention(plan, self._group, self._engine, self._selector, device, handed_on)
+        slots, sees_cached = self._slots(forward_batch, plan), sparse.num_cached > 0
+        cache = KvCache(self._runner, slots, plan, self._group, self._replicate_kv, sees_cached, on_layer)
+        return partial(self._prefill, forward_batch, sparse, cache, handed_on)
 
     def _slots(self, forward_batch: Any, plan: Layout) -> torch.Tensor:
-        """Of all of the prompt's tokens, int64; the batch has those of the tokens that are computed."""
+        """Of all of the prompt's tokens so far, int64; the batch has those of the tokens that are computed."""
         if plan.num_cached == 0:
             return forward_batch.out_cache_loc  # type: ignore[no-any-return]
         row = self._runner.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[0]]
-        return row[: plan.num_tokens].to(torch.int64)  # type: ignore[no-any-return]
+        return row[: plan.round_end or plan.num_tokens].to(torch.int64)  # type: ignore[no-any-return]
 
-    def _prefill(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache) -> Any:
+    def _prefill(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache, handed_on: HandedOn) -> Any:
+        hidden = self._run_layers(forward_batch, sparse, cache)
+        if sparse.layout.round_end is None:
+            handed_on.clear()
+            return self._logits(forward_batch, hidden)
+        handed_on.num_tokens = sparse.layout.round_end
+        return None
+
+    def _run_layers(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache) -> torch.Tensor:
         rows = sparse.rows
         if self._config.order == "one_pass":
             last_layer = self._runner.model_config.num_hidden_layers - 1
             attention = _OnePass(sparse, cache, last_layer)
-            hidden = self._run(forward_batch, attention, rows.tokens, rows.positions, sparse.layout.num_cached)
-        else:
-            self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
-            hidden = self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
-        return self._logits(forward_batch, hidden)
+            return self._run(forward_batch, attention, rows.tokens, rows.positions, sparse.layout.num_cached)
+        self._run(forward_batch, _ContextPass(sparse, cache), rows.tokens[:-1], rows.positions[:-1])
+        return self._run(forward_batch, _QuestionPass(sparse, cache), rows.tokens[-1:], rows.positions[-1:])
 
     def _run(
         self,
@@ -248,10 +263,13 @@ class _OnePass(_LayerAttention):
         self._last_layer = last_layer
 
     def _attend(self, layer: Any, rows: LayerRows) -> torch.Tensor:
-        attend = self._sparse.attend_last if layer.layer_id == self._last_layer else self._sparse.attend
+        number = layer.layer_id
+        attend = self._sparse.attend_last
+        if number != self._last_layer:
+            attend = partial(self._sparse.attend, number=number)
 
         def attend_cached(rows: LayerRows, meanwhile: Callable[[], None]) -> torch.Tensor:
-            return attend(self._cache.with_cached(layer.layer_id, rows), meanwhile)
+            return attend(self._cache.with_cached(number, rows), meanwhile)
 
         return self._keeping(attend_cached, self._cache.context_and_question, layer, rows)
 

@@ -28,7 +28,9 @@ class Part:
 
 
 class KvCache:
-    """Writes one prompt's K and V, layer by layer, to the slots SGLang gave it; `slots` are of all of its tokens.
+    """Writes one round's K and V, layer by layer, to the slots SGLang gave the prompt.
+
+    slots: of all of its tokens so far. sees_cached: whether the round's rows see own tokens of before.
 
     The question is every rank's. Ranks that will decode all keep rank 0's rows of it, for the same bits everywhere
     (see ApbBackend._logits).
@@ -41,6 +43,7 @@ class KvCache:
         layout: Layout,
         group: RankGroup,
         replicate: bool,
+        sees_cached: bool,
         on_layer: Callable[[int], None],
     ) -> None:
         self._on_layer = on_layer
@@ -51,8 +54,8 @@ class KvCache:
         self.gathers = replicate
         by_rank = [layout.rows_of(rank).block_tokens.values() for rank in range(layout.num_ranks)]
         self._context_slots = [slots[indices(spans, slots.device)] for spans in by_rank]
-        self._cached_slots = slots[indices(layout.cached_on(group.rank), slots.device)]
-        self._question_slots = slots[layout.question.start : layout.question.end]
+        self._cached_slots = slots[indices(layout.cached_on(group.rank) if sees_cached else (), slots.device)]
+        self._question_slots = slots[self._rows.question_tokens.start : self._rows.question_tokens.end]
 
     @cached_property
     def context(self) -> Part:

@@ -1,64 +1,85 @@
 """The bound on passing tokens: what stays of them for the blocks of each period (`layout.Layout.num_staying`).
 
 A token's score travels with its K and V, so every rank makes the same choice. For most prompts nothing is to be left
-out, and all blocks see a prefix of one buffer; from the first bounded period on, each has a buffer of its own:
+out, and all blocks see a prefix of one buffer; from a bounded period on, blocks see a prefix of another:
 
-    bounded period   [anchor | the best of what earlier blocks handed on | P of the period's blocks]
+    first buffer     [anchor | what was handed on before this round | P of this round's blocks]
+    bounded period   [anchor | the best of what the buffer before had | P of the period's blocks]
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
+from sglang_apb.backends.handed_on import Shared
 from sglang_apb.kernels import Kernels
 from sglang_apb.kernels.candidates import Candidates
 from sglang_apb.layout import BOUND_EVERY, Layout, Span
 
 
 class PassingBound:
-    """Of one prompt; used by all layers in turn."""
+    """Of one round of a prompt; used by all layers in turn.
 
-    def __init__(self, layout: Layout, num_anchor: int, kernels: Kernels, device: torch.device | str) -> None:
-        self._num_anchor, self._kernels = num_anchor, kernels
+    chosen: numbers of the blocks whose passing tokens are chosen in it. What blocks before them handed on is there.
+    """
+
+    def __init__(self, layout: Layout, chosen: Span, kernels: Kernels, device: torch.device | str) -> None:
+        self._kernels = kernels
+        self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
         first = layout.first_bounded_period
-        self._periods = [] if first is None else list(range(first, len(layout.num_staying)))
-        # What each bounded period's blocks hand on, and what comes to those that stay before it: everything until the
-        # first one, later what the blocks of the period before handed on.
-        self._own = [layout.passing_of(period) for period in self._periods]
-        self._new = [Span(0, own.start) for own in self._own[:1]] + self._own[:-1]
+        bounded = [] if first is None else range(first, len(layout.num_staying))
+        periods = [period for period in bounded if chosen.start < period * BOUND_EVERY <= chosen.end]
+        self._borders = [period * BOUND_EVERY for period in periods]
+        self._counts_later = not layout.is_last_round and any(p * BOUND_EVERY > chosen.end for p in bounded)
+        # Of the round's passing tokens, those of the blocks behind each border, up to the next.
+        self._own = [
+            Span(_num_passing(layout, chosen.start, start), _num_passing(layout, chosen.start, end))
+            for start, end in itertools.pairwise((*self._borders, chosen.end))
+        ]
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
-        self._candidates, num_staying = [], 0
-        for period, new in zip(self._periods, self._new, strict=True):
-            among, num_staying = Span(0, num_staying + len(new)), layout.num_staying[period]
-            self._candidates.append(Candidates.of([among], [num_staying], device))
+        self._candidates: list[Candidates] = []
+        num_before = layout.num_shared_keys(chosen.start) - self._num_anchor if chosen.start else 0
+        self._num_first = num_before + (self._own[0].start if self._own else 0)
+        among = self._num_first
+        for period, own in zip(periods, self._own, strict=True):
+            self._candidates.append(Candidates.of([Span(0, among)], [layout.num_staying[period]], device))
+            among = layout.num_staying[period] + len(own)
 
     @property
-    def is_needed(self) -> bool:
-        return bool(self._periods)
+    def needs_scores(self) -> bool:
+        """Whether passing tokens are compared, in this round or in a later one."""
+        return bool(self._borders) or self._counts_later
 
     def buffer_of(self, block: int) -> int:
         """Which of `buffers` the block's rows see a prefix of."""
-        return max(block // BOUND_EVERY - self._periods[0] + 1, 0) if self._periods else 0
+        return sum(border <= block for border in self._borders)
 
-    def buffers(self, shared: torch.Tensor, scores: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        """`shared`, then one for each bounded period, made when it is asked for: [num_rows, 2, num_kv_heads, head_dim].
+    def buffers(self, first: Shared) -> Iterator[Shared]:
+        """`first`, then one for each bounded period, made when it is asked for. The last is what the block behind the
+        round sees.
 
-        shared: [num_anchor + num_passing, 2, num_kv_heads, head_dim], in the prompt's order. scores: of its passing
-        tokens, float32 [num_passing, num_kv_heads]; None where the bound is not needed.
+        first: [anchor | what was handed on before | this round's passing tokens], in the prompt's order.
         """
-        yield shared
-        if scores is None:
+        yield first
+        if first.scores is None:
             return
-        anchor, passing = shared[: self._num_anchor], shared[self._num_anchor :]
-        staying, staying_scores = passing[:0], scores[:0]
-        for own, new, candidates in zip(self._own, self._new, self._candidates, strict=True):
-            among = torch.cat((staying, passing[new.start : new.end]))
-            among_scores = torch.cat((staying_scores, scores[new.start : new.end]))
+        anchor, passing = first.keys_values[: self._num_anchor], first.keys_values[self._num_anchor :]
+        num_new = self._own[-1].end if self._own else 0
+        new, new_scores = passing[len(passing) - num_new :], first.scores[len(passing) - num_new :]
+        among, among_scores = passing[: self._num_first], first.scores[: self._num_first]
+        for own, candidates in zip(self._own, self._candidates, strict=True):
             # Of each KV head the best, in the prompt's order; of equals the earlier.
             rows = self._kernels.select(among_scores.T[None].contiguous(), candidates)
-            staying_scores = among_scores.gather(0, rows.long())
             staying = among.new_empty((len(rows), *among.shape[1:]))
             self._kernels.pack(among[:, 0], among[:, 1], rows, staying)
-            yield torch.cat((anchor, staying, passing[own.start : own.end]))
+            buffer = torch.cat((anchor, staying, new[own.start : own.end]))
+            among = buffer[self._num_anchor :]
+            among_scores = torch.cat((among_scores.gather(0, rows.long()), new_scores[own.start : own.end]))
+            yield Shared(buffer, among_scores)
+
+
+def _num_passing(layout: Layout, first: int, end: int) -> int:
+    return sum(map(layout.num_passing, range(first, end)))

@@ -7,18 +7,22 @@ Rows are a rank's [anchor copy | own blocks | question] (`layout.RankRows`). Wha
 
 Where a bound leaves some of them out, late blocks see a prefix of another buffer (passing_bound.py).
 
-Of a context whose first tokens are cached, a rank's keys are [cached own tokens | rows]: what earlier blocks hand on is
-chosen again from their cached keys, and a block that is cached in part sees its cached tokens beside its rows.
+A round computes a part of the prompt. The first one, of a context whose first tokens are cached, has as a rank's keys
+[cached own tokens | rows]: what earlier blocks hand on is chosen again from their cached keys, and a block that is
+cached in part sees its cached tokens beside its rows. Later ones are given what was handed on before (handed_on.py),
+and the last has the cached tokens for its question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sglang_apb.attention.base import AttentionEngine, Partial, Piece
+from sglang_apb.backends.handed_on import HandedOn, Shared
 from sglang_apb.backends.passing_bound import PassingBound
 from sglang_apb.kernels.candidates import Candidates
 from sglang_apb.layout import Layout, Span, num_rows
@@ -30,7 +34,7 @@ from sglang_apb.selection.base import Selector
 class LayerRows:
     """One layer's local rows, after RoPE: q [num_rows, num_q_heads, head_dim], k and v with num_kv_heads.
 
-    Of a context that is cached in part, k and v have the cached own tokens in front.
+    Where `SparseAttention.num_cached` says so, k and v have that many cached own tokens in front.
     """
 
     q: torch.Tensor
@@ -88,7 +92,10 @@ def nothing() -> None:
 
 
 class SparseAttention:
-    """One prompt's attention on one rank; used by all layers in turn."""
+    """One round of a prompt's attention on one rank; used by all layers in turn.
+
+    handed_on: of earlier rounds; what this one hands on comes to it.
+    """
 
     def __init__(
         self,
@@ -97,46 +104,65 @@ class SparseAttention:
         engine: AttentionEngine,
         selector: Selector,
         device: torch.device | str,
+        handed_on: HandedOn | None = None,
     ) -> None:
         self.layout = layout
         self.rows = layout.rows_of(group.rank)
         self._group = group
         self._kernels = engine.kernels
         self._selector = selector
-        self.num_cached = num_rows(layout.cached_on(group.rank))  # own tokens
+        self._handed_on = handed_on or HandedOn()
+        # Blocks whose passing tokens are chosen now: this round's, or all so far.
+        self._is_later = self._handed_on.ends_at(layout.num_cached)
+        computed = layout.computed_blocks
+        self._chosen = Span(computed.start if self._is_later else 0, computed.end)
+        # Own tokens, in front of the rows' keys.
+        sees_cached = layout.is_last_round or not self._is_later
+        self.num_cached = num_rows(layout.cached_on(group.rank)) if sees_cached else 0
         self._keys = self._keys_of_blocks()
-        self._num_passing = [layout.num_passing(block) for block in range(layout.num_blocks)]
+        num_passing = {block: layout.num_passing(block) for block in range(self._chosen.start, self._chosen.end)}
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
-        self._bound = PassingBound(layout, self._num_anchor, engine.kernels, device)
+        self._num_before = layout.num_shared_keys(self._chosen.start) if self._is_later else self._num_anchor
+        self._bound = PassingBound(layout, self._chosen, engine.kernels, device)
         # How many passing tokens each rank hands on.
         self._num_selected = [
-            sum(self._num_passing[block] for block in layout.blocks_of(rank)) for rank in range(group.size)
+            sum(num_passing.get(block, 0) for block in layout.blocks_of(rank)) for rank in range(group.size)
         ]
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
-        self._candidates = self._own_candidates(device)
-        if self._bound.is_needed:
+        self._candidates = self._own_candidates(num_passing, device)
+        if self._bound.needs_scores:
             _ = self._candidates.block_of_selected
-        self._passing_order = self._order_of_passing(device)
+        self._passing_order = self._order_of_passing(num_passing, device)
         self._seeing = self._groups()
-        cached_part = self._piece_of_cached_part()
-        question = len(layout.question)
-        self._own, self._question, self._question_itself, *self._before = engine.plan(
-            [
-                self._own_pieces(),
-                [Piece(question, Span(0, len(self._context_keys)))],
-                [Piece(question, Span(0, question), causal=True)],
-                *([] if cached_part is None else [[cached_part]]),
-                *(group.pieces for group in self._seeing),
-            ]
-        )
-        self._cached_part = None if cached_part is None else (cached_part, self._before.pop(0))
+        self._plan(engine)
+
+    def _plan(self, engine: AttentionEngine) -> None:
+        """All calls of a layer, at once: plans of a prompt before end here."""
+        cached_part, question = self._piece_of_cached_part(), len(self.rows.question)
+        calls: list[list[Sequence[Piece]]] = [
+            [self._own_pieces()],
+            [[Piece(question, Span(0, len(self._context_keys)))]] if question else [],
+            [[Piece(question, Span(0, question), causal=True)]] if question else [],
+            [[cached_part]] if cached_part else [],
+            [group.pieces for group in self._seeing],
+        ]
+        planned = iter(engine.plan([*itertools.chain.from_iterable(calls)]))
+        own, self._question, self._question_itself, cached, self._before = [
+            [*itertools.islice(planned, len(pieces))] for pieces in calls
+        ]
+        (self._own,) = own
+        self._cached_part = (cached_part, cached[0]) if cached_part else None
 
     def _keys_of_blocks(self) -> dict[int, Span]:
-        """Of each own block, cached or not: where its tokens' keys are. They follow each other."""
+        """Of each own block with keys here: where they are. They follow each other."""
+        present = self.layout.computed_context
+        if self.num_cached:
+            present = Span(0, present.end)
         keys, start = {}, len(self.rows.anchor)
         for block in self.layout.blocks_of(self._group.rank):
-            keys[block] = Span(start, start + len(self.layout.blocks[block]))
-            start = keys[block].end
+            if num_keys := len(self.layout.blocks[block].within(present)):
+                keys[block] = Span(start, start + num_keys)
+                start += num_keys
         return keys
 
     @property
@@ -173,52 +199,59 @@ class SparseAttention:
                 groups[-1] = larger
         return groups
 
-    def _own_candidates(self, device: torch.device | str) -> Candidates:
+    def _own_candidates(self, num_passing: Mapping[int, int], device: torch.device | str) -> Candidates:
         spans, counts = [], []
         for block, keys in self._keys.items():
-            first = self.layout.candidates(block).start - self.layout.blocks[block].start
-            spans.append(Span(keys.start + first, keys.end))
-            counts.append(self._num_passing[block])
+            if num_passing.get(block):
+                first = self.layout.candidates(block).start - self.layout.blocks[block].start
+                spans.append(Span(keys.start + first, keys.end))
+                counts.append(num_passing[block])
         return Candidates.of(spans, counts, device)
 
-    def _order_of_passing(self, device: torch.device | str) -> torch.Tensor:
+    def _order_of_passing(self, num_passing: Mapping[int, int], device: torch.device | str) -> torch.Tensor:
         """For each passing token in the prompt's order its row among the gathered ones, which come rank after rank,
         each rank's in the order of its blocks, padded to the most.
         """
         most = max(self._num_selected)
         next_row = [rank * most for rank in range(self._group.size)]
         rows: list[int] = []
-        for owner, num_passing in zip(self.layout.owners, self._num_passing, strict=True):
-            rows += range(next_row[owner], next_row[owner] + num_passing)
-            next_row[owner] += num_passing
+        for block, count in num_passing.items():
+            owner = self.layout.owners[block]
+            rows += range(next_row[owner], next_row[owner] + count)
+            next_row[owner] += count
         return torch.tensor(rows, dtype=torch.int64, device=device)
 
-    def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
-        """Context and question in one pass: [num_rows, num_q_heads, head_dim].
+    def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing, number: int = 0) -> torch.Tensor:
+        """The round's rows, context and question, in one pass: [num_rows, num_q_heads, head_dim].
 
         `meanwhile` starts what else is to be sent to other ranks. It is called before attention over what was handed
         on, which loses little to it: many small thread blocks. Attention over own blocks, and matrix products, give
         each multiprocessor its share beforehand; where NCCL holds some of them, their shares come after all others',
         and the kernel takes twice as long (docs/performance.md). That is also why the exchange is waited for first.
+        number: the layer's.
         """
-        if not self.layout.computes_context:
+        if not len(self.layout.computed_context):
             return self.attend_last(layer, meanwhile)
         question = self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared, scores = self._exchange(layer, layer.q[question.start :])
+        shared = self._exchange(layer, layer.q[question.start :], number)
         own_lse = self._attend_own(layer, out)
-        answer = self._start_question(layer, *self._context_of(layer))
+        answer = self._start_question(layer, *self._context_of(layer)) if len(question) else None
         meanwhile()
-        self._add_shared(layer, shared, scores, out, own_lse)
-        out[question.start :] = answer()
+        self._add_shared(layer, shared, out, own_lse, number)
+        if answer is not None:
+            out[question.start :] = answer()
         return out
 
     def attend_last(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing) -> torch.Tensor:
         """Of the last layer, in one pass: the question's rows alone, [num_question_tokens, num_q_heads, head_dim].
 
         Only the prompt's last row is read after it. Of the others their K and V are needed, and no attention, so
-        nothing is handed on.
+        nothing is handed on. A round without the question gives one row of zeros, which nobody reads.
         """
+        if not self.layout.is_last_round:
+            meanwhile()
+            return layer.q.new_zeros((1, *layer.q.shape[1:]))
         answer = self._start_question(layer, *self._context_of(layer))
         meanwhile()
         return answer()
@@ -232,10 +265,10 @@ class SparseAttention:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared, scores = self._exchange(layer, layer.q[question.start : question.end])
+        shared = self._exchange(layer, layer.q[question.start : question.end], 0)
         own_lse = self._attend_own(layer, out)
         meanwhile()
-        self._add_shared(layer, shared, scores, out, own_lse)
+        self._add_shared(layer, shared, out, own_lse, 0)
         return out
 
     def attend_question(self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor) -> torch.Tensor:
@@ -257,36 +290,38 @@ class SparseAttention:
         return lse
 
     def _add_shared(
-        self,
-        layer: LayerRows,
-        shared: torch.Tensor,
-        scores: torch.Tensor | None,
-        out: torch.Tensor,
-        own_lse: torch.Tensor,
+        self, layer: LayerRows, shared: Shared, out: torch.Tensor, own_lse: torch.Tensor, number: int
     ) -> None:
-        """Adds to each block, in `out`, what it sees of what was handed on."""
-        buffers = enumerate(self._bound.buffers(shared, scores))
-        number, keys_values = next(buffers)
+        """Adds to each block, in `out`, what it sees of what was handed on, and keeps that for the next round."""
+        buffers = self._bound.buffers(shared)
+        at, buffer = 0, next(buffers)
         for group, attend in zip(self._seeing, self._before, strict=True):
-            while number < group.buffer:  # own blocks ascend
-                number, keys_values = next(buffers)
+            while at < group.buffer:  # own blocks ascend
+                at, buffer = at + 1, next(buffers)
             rows = slice(group.rows.start, group.rows.end)
-            before = attend(layer.q[rows], keys_values[:, 0], keys_values[:, 1], layer.scale)
+            keys, values = buffer.keys_values[:, 0], buffer.keys_values[:, 1]
+            before = attend(layer.q[rows], keys, values, layer.scale)
             self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
+        if not self.layout.is_last_round:
+            *_, self._handed_on.layers[number] = buffer, *buffers
 
-    def _exchange(self, layer: LayerRows, question: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Anchor and passing tokens of all ranks: [num_anchor + num_passing, 2 (k, v), num_kv_heads, head_dim], and
-        where a bound needs them the passing tokens' scores, [num_passing, num_kv_heads].
+    def _exchange(self, layer: LayerRows, question: torch.Tensor, number: int) -> Shared:
+        """Anchor and passing tokens of all ranks, with the passing tokens' scores where a bound needs them.
 
         The anchor is on its way while passing tokens are chosen.
         """
-        num_shared = self._num_anchor + len(self._passing_order)
+        num_shared = self._num_before + len(self._passing_order)
         shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
-        anchor = self._start_anchor(layer, shared)
-        scores = self._exchange_passing(layer, question, shared[self._num_anchor :])
+        earlier = self._handed_on.layers.pop(number) if self._is_later else None
+        anchor = self._start_anchor(layer, shared) if earlier is None else []
+        if earlier is not None:
+            shared[: self._num_before] = earlier.keys_values
+        scores = self._exchange_passing(layer, question, shared[self._num_before :])
+        if scores is not None and earlier is not None and earlier.scores is not None:
+            scores = torch.cat((earlier.scores, scores))
         for pending in anchor:
             pending.wait()
-        return shared, scores
+        return Shared(shared, scores)
 
     def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
         if self.layout.recomputed:
@@ -318,19 +353,19 @@ class SparseAttention:
         alone = self._group.size == 1
         selected = target if alone else target.new_empty((candidates.num_selected, *target.shape[1:]))
         sent = [selected]
-        if self._bound.is_needed:
+        if self._bound.needs_scores:
             sent.append(target.new_empty((candidates.num_selected, target.shape[2]), dtype=torch.float32))
         if candidates.num_selected:
             scores = self._selector.score(layer.k, question, candidates, self._kernels)
             rows = self._kernels.select(scores, candidates)
             self._kernels.pack(layer.k, layer.v, rows, selected)
-            if self._bound.is_needed:
+            if self._bound.needs_scores:
                 sent[1] = candidates.scores_of(rows, scores)
         if alone:
-            return sent[1] if self._bound.is_needed else None
+            return sent[1] if self._bound.needs_scores else None
         gathered = self._group.gather_together(sent, self._num_selected).wait()
         torch.index_select(gathered[0].flatten(0, 1), 0, self._passing_order, out=target)
-        return gathered[1].flatten(0, 1)[self._passing_order] if self._bound.is_needed else None
+        return gathered[1].flatten(0, 1)[self._passing_order] if self._bound.needs_scores else None
 
     def _start_question(
         self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor
@@ -344,9 +379,9 @@ class SparseAttention:
         q, k, v = layer.q[-num_tokens:], layer.k[-num_tokens:], layer.v[-num_tokens:]
         partials = []
         if len(context_k):
-            partials.append(self._question(q, context_k, context_v, layer.scale))
+            partials += [attend(q, context_k, context_v, layer.scale) for attend in self._question]
         if self._group.rank == 0:
-            partials.append(self._question_itself(q, k, v, layer.scale))
+            partials += [attend(q, k, v, layer.scale) for attend in self._question_itself]
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self._group.size == 1:
             self._merge(partials, out)

@@ -29,7 +29,7 @@ class LayerStream:
         self._is_cuda = pages.is_cuda
 
     def __call__(self, layer: int) -> None:
-        self._sender.stream_layer(layer, self._page_ids, self._when_final())
+        self._sender.stream_layer(layer, self._page_ids, len(self._pages), self._when_final())
 
     def _page_ids(self) -> PageIds:
         ids: PageIds = self._pages.numpy()

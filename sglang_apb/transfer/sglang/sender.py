@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ class ZmqKVSender(Polled, CommonKVSender):
         self._prompt = b""
         self._prefix_pages = 0
         self._announced = False
-        self._streamed: set[int] = set()
+        self._sent_to: dict[int, int] = {}  # of each layer, the pages before this one
         self._last_send = 0.0
         self._request = PrefillRequest(mgr.prefill_endpoint, bootstrap_room)
         super().__init__(mgr, bootstrap_addr, self.bootstrap_room, req_has_disagg_prefill_dp_rank)
@@ -110,20 +111,20 @@ class ZmqKVSender(Polled, CommonKVSender):
         self._prefix_pages = prefix_tokens // self.kv_mgr.kv_args.page_size
         return prefix_tokens
 
-    def stream_layer(self, layer: int, page_ids: PageIdsLater, is_final: IsFinal = always) -> None:
-        """Queues this rank's part of `layer`, before the prefill has ended.
+    def stream_layer(self, layer: int, page_ids: PageIdsLater, num_pages: int, is_final: IsFinal = always) -> None:
+        """Queues this rank's part of `layer` in the next pages of the request, before the prefill has ended.
 
-        `page_ids` gives the pool's pages of the request that no `send` has had yet; it is called, and the pool read,
-        once `is_final` says that the layer's KV is written. Layers that are not streamed follow with the `send` of
-        these pages, the request's last. Call it after `set_owned_pages`.
+        `page_ids` gives the pool's `num_pages` pages behind those that a `send` has had; it is called, and the pool
+        read, once `is_final` says that the layer's KV is written. What is not streamed leaves with the pages' `send`.
+        Call it after `set_owned_pages`.
         """
-        if not self._can_send() or layer in self._streamed:
+        if not self._can_send():
             return
-        first = self.curr_idx  # what is cached of a prompt may have left before its own batch
-        for start, end in ownership.clip(self._announce(), (first, self.num_kv_indices)):
+        first = self.curr_idx
+        for start, end in ownership.clip(self._announce(), self._unsent(layer, (first, first + num_pages))):
             ids = partial(_part, page_ids, (start - first, end - first))
             self._request.send_pages((start, end), ids, [layer], is_final)
-        self._streamed.add(layer)
+        self._sent_to[layer] = first + num_pages
 
     def send(
         self,
@@ -136,16 +137,16 @@ class ZmqKVSender(Polled, CommonKVSender):
         if not self._can_send():
             return
         first, self.curr_idx = self.curr_idx, self.curr_idx + len(kv_indices)
-        if self._streamed and self.curr_idx != self.num_kv_indices:
-            self._fail("A prompt whose layers had been sent was cut into chunks: this is a bug of sglang-apb.")
-            return
         is_final = self._take_is_final()
         if is_last := self.curr_idx == self.num_kv_indices:
             self._request.end_prefill()
-        layers = [layer for layer in range(self.kv_mgr.num_layers) if layer not in self._streamed]
-        for start, end in ownership.clip(self._announce(), (first, self.curr_idx)):
-            ids = kv_indices[start - first : end - first].astype(np.int64)
-            self._request.send_pages((start, end), partial(_same, ids), layers, is_final)
+        owned, unsent = self._announce(), defaultdict(list)
+        for layer in range(self.kv_mgr.num_layers):
+            unsent[self._unsent(layer, (first, self.curr_idx))].append(layer)
+        for pages, layers in unsent.items():
+            for start, end in ownership.clip(owned, pages):
+                ids = kv_indices[start - first : end - first].astype(np.int64)
+                self._request.send_pages((start, end), partial(_same, ids), layers, is_final)
         if is_last:
             aux_index = self.aux_index if self.kv_mgr.attn_cp_rank == 0 and self._share()[0] == 0 else None
             self._request.finish(aux_index, self._info)
@@ -178,6 +179,10 @@ class ZmqKVSender(Polled, CommonKVSender):
 
     def _can_send(self) -> bool:
         return self._request.is_sending and self._check_num_pages()
+
+    def _unsent(self, layer: int, pages: PageRange) -> PageRange:
+        start, end = pages
+        return min(max(start, self._sent_to.get(layer, 0)), end), end
 
     def _announce(self) -> list[PageRange]:
         """The pages that this rank sends; the decode server hears of them first."""
