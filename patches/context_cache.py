@@ -11,8 +11,11 @@ import dataclasses
 from typing import Any
 
 from sglang_apb.patches import insides
+from sglang_apb.patches.unit_cache import unit_cache
 
-NAME = "sglang-apb"
+from sglang_apb import options
+
+NAME = options.CONTEXT_CACHE
 
 
 def register() -> None:
@@ -29,8 +32,15 @@ def keeps_contexts(scheduler: Any) -> bool:
 
 
 def _create(context: Any) -> Any:
-    from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.registry import create_unified_radix_cache
+
+    keeps_parts = insides.keeps_parts(context.server_args)
+    return create_unified_radix_cache(context, cache_class=cache_class(keeps_parts))
+
+
+def cache_class(keeps_parts: bool) -> Any:
+    """`keeps_parts`: each of several ranks keeps its own blocks of a sparse prompt only."""
+    from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     class ContextCache(UnifiedRadixCache):
@@ -64,4 +74,4 @@ def _create(context: Any) -> Any:
             key = RadixKey(req.full_untruncated_fill_ids[:up_to], req.extra_key, cache_salt=req.cache_salt)
             return bool(self.tree_core.match_full_device_prefix(key)[0] > req.kv.cache_protected_len)
 
-    return create_unified_radix_cache(context, cache_class=ContextCache)
+    return unit_cache(ContextCache) if keeps_parts else ContextCache

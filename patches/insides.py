@@ -17,6 +17,7 @@ import torch
 from sglang_apb.layout import Span
 from sglang_apb.options import PluginOptions
 from sglang_apb.requests import MARK, PARAMETER, Notes, Prompt
+from sglang_apb.transfer.protocol.config import BACKEND
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -45,14 +46,23 @@ def is_pool_size_given(server_args: Any) -> bool:
 
 
 def may_have_our_cache(server_args: Any) -> bool:
-    """Whether prompts would be prefilled over SGLang's own radix cache, each rank with all of their KV."""
-    parts_are_kept = server_args.disaggregation_mode == "prefill" and options_of(server_args).sp_size > 1
+    """Whether prompts would be prefilled over SGLang's own radix cache."""
     return bool(
         server_args.disaggregation_mode != "decode"
-        and not parts_are_kept
         and server_args.radix_cache_backend is None
         and not server_args.enable_unified_cache_external_linker
     )
+
+
+def ships_own_pages(server_args: Any) -> bool:
+    """Whether this is a prefill server over our transfer, each rank of which sends pages of its own."""
+    options = resolved(server_args)
+    return bool(options.disaggregation_mode == "prefill" and options.disaggregation_transfer_backend == BACKEND)
+
+
+def keeps_parts(server_args: Any) -> bool:
+    """Whether each of several ranks keeps its own blocks of a prompt only."""
+    return options_of(server_args).sp_size > 1 and ships_own_pages(server_args)
 
 
 def pair_half() -> str | None:
@@ -280,11 +290,12 @@ def take_request_row(batch: Any) -> torch.Tensor:
     return torch.tensor(alloc_req_slots(batch.req_to_token_pool, batch.reqs, batch.tree_cache), dtype=torch.int64)
 
 
-def write_request_row(batch: Any, row: int, slots: torch.Tensor) -> None:
-    """`slots`: of the batch's one request, token after token; all of them count as allocated and computed."""
-    batch.req_to_token_pool.write((row, slice(0, len(slots))), slots.to(torch.int32))
+def write_request_row(batch: Any, row: int, start: int, slots: torch.Tensor) -> None:
+    """`slots`: of the batch's one request, from token `start` on. They count as allocated and computed."""
+    end = start + len(slots)
+    batch.req_to_token_pool.write((row, slice(start, end)), slots.to(torch.int32))
     (req,) = batch.reqs
-    req.kv.kv_allocated_len = req.kv.kv_committed_len = len(slots)
+    req.kv.kv_allocated_len = req.kv.kv_committed_len = end
 
 
 def unsent_row(batch: Any, req: Any) -> torch.Tensor:
@@ -313,11 +324,6 @@ def free_slots(tree_cache: Any, slots: torch.Tensor) -> None:
 
 def holds_kv(req: Any) -> bool:
     return bool(req.kv.holds_kv)
-
-
-def protect_before(req: Any, token: int) -> None:
-    """SGLang leaves alone the slots of tokens before `token` when it frees the request's."""
-    req.kv.cache_protected_len = token
 
 
 # ---- the KV transfer -----------------------------------------------------------------------------

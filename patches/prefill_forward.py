@@ -17,7 +17,6 @@ from sglang_apb.patches import insides, last_layer, pd_prefill
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config, metrics, requests
-from sglang_apb.transfer.protocol.config import BACKEND
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +43,7 @@ def _create(model_runner: Any) -> Any:
 
 def replicates_kv(server_args: Any) -> bool:
     """Whether every one of several ranks ends up with a prompt's whole KV."""
-    return insides.options_of(server_args).sp_size > 1 and not _ships_own_pages(server_args)
-
-
-def _ships_own_pages(server_args: Any) -> bool:
-    options = insides.resolved(server_args)
-    return bool(options.disaggregation_mode == "prefill" and options.disaggregation_transfer_backend == BACKEND)
+    return insides.options_of(server_args).sp_size > 1 and not insides.ships_own_pages(server_args)
 
 
 def _keep_to_itself(layer_id: int) -> None:
@@ -83,7 +77,7 @@ def _attach(result: Any, batch: Any, model_runner: Any) -> None:
 
 
 def _stream_of(batch: Any, model_runner: Any) -> Callable[[int], None]:
-    stream = pd_prefill.layer_stream(batch) if _ships_own_pages(model_runner.server_args) else None
+    stream = pd_prefill.layer_stream(batch) if insides.ships_own_pages(model_runner.server_args) else None
     return stream or _keep_to_itself
 
 
@@ -95,8 +89,8 @@ def _plan(batch: Any, model_runner: Any) -> Any:
         return None
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens
-    computed, rounds = insides.computed_tokens(batch), insides.notes_of(req).rounds
-    round_end = None if computed is None or rounds is None else rounds.end_of(computed.start)
+    computed = insides.computed_tokens(batch)
+    round_end = None if computed is None else insides.notes_of(req).round_end(computed.start)
     if computed is None or computed.end != (round_end or num_tokens):
         # Its KV would be exact attention's under the name of a sparse context.
         raise RuntimeError("a sparse prompt was batched or cut by SGLang: this is a bug of sglang-apb")

@@ -24,6 +24,7 @@ from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config
+from sglang_apb.layout import Span
 
 
 @dataclass
@@ -72,10 +73,10 @@ def _adder_class(base: Any) -> Any:
             if not _is_sparse(req):
                 return super().add_chunked_req(req)
             num_tokens = _round_tokens(req) or insides.num_new_tokens(req)
-            if self._turns.left or not insides.has_slots(self, num_tokens):
+            if self._turns.left or not insides.has_slots(self, _num_slots(req, num_tokens)):
                 self._park(req)
                 return req
-            with insides.chunk_of(self, num_tokens):
+            with insides.chunk_of(self, num_tokens), _charging_slots(self, req):
                 req = super().add_chunked_req(req)
             self.rem_chunk_tokens = 0
             return req
@@ -83,7 +84,7 @@ def _adder_class(base: Any) -> Any:
         def _park(self, req: Any) -> None:
             self._parked = req
             self.rem_chunk_tokens = min(self.rem_chunk_tokens or self._turns.left, self._turns.left)
-            insides.charge(self, insides.num_new_tokens(req) + self.page_size)
+            insides.charge(self, _num_slots(req, insides.num_new_tokens(req)) + self.page_size)
 
         def _fits_whole(self, req: Any) -> bool:
             """Into what is left of the others' turn. SGLang knows one request with chunks to come."""
@@ -98,7 +99,7 @@ def _adder_class(base: Any) -> Any:
                 return AddReqResult.CONTINUE  # the next one may be shorter
             if not _is_sparse(req):
                 return super().add_one_req(req, has_chunked_req, truncation_align_size)
-            with insides.chunk_of(self, _round_tokens(req)), _charging_kept_tokens_only(self, req):
+            with insides.chunk_of(self, _round_tokens(req)), _charging_slots(self, req):
                 return super().add_one_req(req, has_chunked_req, None)
 
     return RoundsAdder
@@ -106,16 +107,24 @@ def _adder_class(base: Any) -> Any:
 
 def _round_tokens(req: Any) -> int | None:
     """Of the sparse prompt's next round; None where it computes all the rest."""
-    rounds, start = insides.notes_of(req).rounds, insides.num_computed(req)
-    end = None if rounds is None else rounds.end_of(start)
+    start = insides.num_computed(req)
+    end = insides.notes_of(req).round_end(start)
     return None if end is None else end - start
 
 
+def _num_slots(req: Any, num_tokens: int) -> int:
+    """Slots that the request's next tokens take on this rank."""
+    own, start = insides.notes_of(req).own_slots, insides.num_computed(req)
+    return num_tokens if own is None else own.num_of(Span(start, start + num_tokens))
+
+
 @contextmanager
-def _charging_kept_tokens_only(adder: Any, req: Any) -> Iterator[None]:
-    """SGLang counts the whole prompt against the pool's free space; tokens that other ranks keep take none here."""
-    kept = insides.notes_of(req).kept
-    num_elsewhere = 0 if kept is None else kept.num_elsewhere
+def _charging_slots(adder: Any, req: Any) -> Iterator[None]:
+    """SGLang counts all of the prompt's tokens that are left against the pool's free space; those that other ranks keep
+    take none here.
+    """
+    num_tokens = insides.num_new_tokens(req)
+    num_elsewhere = num_tokens - _num_slots(req, num_tokens)
     insides.charge(adder, -num_elsewhere)
     yield
     if req not in insides.admitted(adder):

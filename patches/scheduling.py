@@ -11,13 +11,13 @@ import logging
 from contextlib import suppress
 from typing import Any
 
-from sglang_apb.patches import context_cache, insides, prompt_memory
+from sglang_apb.patches import context_cache, insides, prompt_memory, unit_cache
 from sglang_apb.patches._patch import Patch
 from sglang_apb.patches.prefill_forward import backend_of
 
 from sglang_apb import capacity, config, requests
-from sglang_apb.backends.base import KeptTokens
 from sglang_apb.layout import LayoutError
+from sglang_apb.own_slots import OwnSlots
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +53,23 @@ def _note_way(scheduler: Any, req: Any, notes: requests.Notes) -> str:
     if wish is not None:
         with suppress(LayoutError):  # shorter than a question and a page of context
             plan = backend.plan(prompt.num_tokens, wish)
-    kept = None if plan is None else backend.kept_tokens(plan)
-    if backend.keeps_parts and (lack := _find_lack_of_slots(scheduler, prompt.num_tokens, kept)):
+    own = None if plan is None else backend.own_slots(plan)
+    if backend.keeps_parts and (lack := _find_lack_of_slots(scheduler, prompt.num_tokens, own)):
         return lack
     if plan is None:
         return ""
     if lack := _find_lack_of_memory(runner, prompt.num_tokens, backend.activation_bytes(plan)):
         return lack
-    notes.wish, notes.kept, notes.owned_pages = wish, kept, backend.owned_pages(plan)
+    notes.wish, notes.own_slots, notes.owned_pages = wish, own, backend.owned_pages(plan)
     notes.rounds = backend.rounds(plan)
-    _take_a_namespace(scheduler, req, notes, backend.context_name, plan.context_end)
+    can_be_found = context_cache.keeps_contexts(scheduler) and (own is None or unit_cache.has_units(own))
+    _take_a_namespace(req, notes, backend.context_name if can_be_found else None, plan.context_end)
     return ""
 
 
-def _take_a_namespace(scheduler: Any, req: Any, notes: requests.Notes, name: str | None, context_end: int) -> None:
+def _take_a_namespace(req: Any, notes: requests.Notes, name: str | None, context_end: int) -> None:
     """In the radix cache: that of contexts, or one of the request's own, in which nothing is."""
-    if name is not None and notes.kept is None and context_cache.keeps_contexts(scheduler):
+    if name is not None:
         notes.context_end = context_end
         insides.take_namespace(req, name)
     else:
@@ -89,16 +90,16 @@ def _find_lack_of_memory(runner: Any, num_tokens: int, num_bytes: int) -> str:
     )
 
 
-def _find_lack_of_slots(scheduler: Any, num_tokens: int, kept: KeptTokens | None) -> str:
+def _find_lack_of_slots(scheduler: Any, num_tokens: int, own: OwnSlots | None) -> str:
     """A sentence when the prompt can never have its KV slots: SGLang's own check knows one number for all prompts."""
     num_slots = scheduler.max_total_num_tokens
-    if capacity.Space(num_slots, scheduler.page_size).fits(num_tokens if kept is None else kept.num_slots):
+    if capacity.Space(num_slots, scheduler.page_size).fits(num_tokens if own is None else own.num_slots):
         return ""
     return (
         f"The prompt of {num_tokens} tokens does not fit in the {num_slots} KV slots of a rank: exact attention keeps "
         f"every token on every rank; give a shorter prompt, or let it run sparse."
-        if kept is None
-        else f"The prompt of {num_tokens} tokens needs {kept.num_slots} of the {num_slots} KV slots of a rank: "
+        if own is None
+        else f"The prompt of {num_tokens} tokens needs {own.num_slots} of the {num_slots} KV slots of a rank: "
         f"give a shorter prompt."
     )
 

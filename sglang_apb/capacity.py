@@ -50,8 +50,8 @@ def _prompt_fits(backend: PrefillBackend, num_tokens: int, space: Space) -> bool
         plan = backend.plan(num_tokens, Wish())
     except LayoutError:
         return True  # too short to be laid out
-    kept = backend.kept_tokens(plan)
-    if not space.fits(num_tokens if kept is None else kept.num_slots):
+    own = backend.own_slots(plan)
+    if not space.fits(num_tokens if own is None else own.num_slots):
         return False
     return space.activation_bytes is None or backend.activation_bytes(plan) <= space.activation_bytes
 

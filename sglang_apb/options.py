@@ -27,6 +27,7 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
     "enable_hierarchical_cache": ((False,), "--enable-hierarchical-cache", "sparse contexts are kept on the GPU"),
     "enable_lmcache": ((False,), "--enable-lmcache", "its cache does not keep sparse contexts apart"),
     "enable_flexkv": ((False,), "--enable-flexkv", "its cache does not keep sparse contexts apart"),
+    "kv_events_config": ((None, ""), "--kv-events-config", "events do not tell sparse contexts from exact ones"),
     "enable_kv_cache_sharding": ((False,), "--enable-kv-cache-sharding", "ranks own blocks, not stripes of pages"),
     "disaggregation_enable_kv_checksum": (
         (False,),
@@ -66,6 +67,8 @@ _REFUSED_WITH_TRANSFER: dict[str, tuple[tuple[Any, ...], str, str]] = {
     ),
     "enable_pd_role_switch": ((False,), "--enable-pd-role-switch", "its connections are made for one role"),
 }
+# Of our radix cache (patches/context_cache.py).
+CONTEXT_CACHE = "sglang-apb"
 _TRANSFER = f"--disaggregation-transfer-backend {BACKEND}"
 # Their draft model's KV is a second pool, which the other server must get too.
 _DRAFT_POOLS = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
@@ -219,6 +222,21 @@ def check_server_args(server_args: Any, model_config: Any, options: PluginOption
     _check_model(server_args, model_config)
     _check_engine(server_args, model_config, options)
     _check_gpus(server_args, options)
+    _check_cache(server_args, options)
+
+
+def _check_cache(server_args: Any, options: PluginOptions) -> None:
+    """Where ranks keep their own blocks, our radix cache alone knows what the slots of a prompt hold."""
+    keeps_parts = server_args.disaggregation_mode == "prefill" and uses_transfer(server_args) and options.sp_size > 1
+    given = server_args.radix_cache_backend
+    if keeps_parts and given != CONTEXT_CACHE:
+        raise OptionError(
+            f"--radix-cache-backend {given} does not go with --sp-size {options.sp_size} and {_TRANSFER}, whose ranks "
+            "each keep a part of a prompt: leave it out"
+            if given
+            else f"--enable-unified-cache-external-linker does not go with --sp-size {options.sp_size} and {_TRANSFER}, "
+            "whose ranks each keep a part of a prompt: leave it out"
+        )
 
 
 def _refuse(server_args: Any, fields: dict[str, tuple[tuple[Any, ...], str, str]], ours: str) -> None:

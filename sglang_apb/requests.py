@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from sglang_apb import layout
-from sglang_apb.backends.base import KeptTokens, Wish
+from sglang_apb.backends.base import Wish
 from sglang_apb.backends.handed_on import HandedOn
 from sglang_apb.config import ApbConfig
+from sglang_apb.own_slots import OwnSlots
 from sglang_apb.rounds import Rounds
 
 # The key of a request's `custom_params` that speaks to us: {"prefill": {"question_tokens": 300, "exact": false}}
@@ -45,10 +45,14 @@ class Notes:
     rounds: Rounds | None = None  # where a sparse prompt may be cut; None: it runs in one piece
     handed_on: HandedOn = field(default_factory=HandedOn)  # from round to round
     context_end: int | None = None  # of a sparse prompt whose context others may find in the radix cache
-    kept: KeptTokens | None = None  # what of its KV this rank keeps; None: every token
-    slots: torch.Tensor | None = None  # of `kept`, while they are taken
+    own_slots: OwnSlots | None = None  # what this rank keeps of its KV, with others; None: every token
+    digests: array[int] | None = None  # of the units of `own_slots` (patches/unit_cache.py)
     owned_pages: list[tuple[int, int]] | None = None  # what this rank ships; None: SGLang's split
     report: dict[str, Any] | None = None  # how it was prefilled, for the answer
+
+    def round_end(self, start: int) -> int | None:
+        """Where the round ends that computes a sparse prompt from token `start` on; None: at the prompt's end."""
+        return None if self.rounds is None else self.rounds.end_of(start)
 
 
 def parameters_of(custom_params: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -9,18 +9,20 @@ import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang_apb.patches import insides, rounds
 
-from sglang_apb.backends.base import KeptTokens, Wish
-from sglang_apb.layout import Span
+from sglang_apb.backends.base import Wish
+from sglang_apb.config import ApbConfig
+from sglang_apb.layout import plan
 from sglang_apb.options import PluginOptions
+from sglang_apb.own_slots import OwnSlots
 from sglang_apb.requests import Notes
 from sglang_apb.rounds import Rounds
 
 UNIT, SIZE, PAGE = 100, 200, 10
 
 
-def request(num_tokens: int, *, sparse: bool = False, kept: KeptTokens | None = None, cached: int = 0) -> Any:
-    notes = Notes(wish=Wish() if sparse else None, kept=kept)
-    if sparse and kept is None:
+def request(num_tokens: int, *, sparse: bool = False, own: OwnSlots | None = None, cached: int = 0) -> Any:
+    notes = Notes(wish=Wish() if sparse else None, own_slots=own)
+    if sparse:
         notes.rounds = Rounds(UNIT, SIZE, 0, num_tokens - 30)
     return SimpleNamespace(
         prefill_notes=notes,
@@ -195,13 +197,19 @@ def test_a_round_that_failed_is_the_last() -> None:
     assert scheduler._pending_chunked_abort_req is long and told == ["why"]
 
 
-@pytest.mark.parametrize("num_slots", [700, 500])
+@pytest.mark.parametrize("num_slots", [350, 349])
 def test_tokens_that_other_ranks_keep_are_not_charged(num_slots: int) -> None:
-    """1,000 tokens, of which this rank keeps 580."""
-    kept = KeptTokens(1000, (Span(0, 450),), 480, Span(900, 1000))
-    scheduler, long = Scheduler(num_slots=num_slots), request(1000, sparse=True, kept=kept)
+    """650 tokens of two ranks, of which this one keeps blocks of 50 tokens: 330, and the question's 30."""
+    own = OwnSlots.of(plan(650, ApbConfig(block=50, question_tokens=30), num_ranks=2, page_size=PAGE))
+    assert own.num_slots == 350
+    scheduler, long = Scheduler(num_slots=num_slots), request(650, sparse=True, own=own)
     scheduler.waiting = [long]
-    assert scheduler.next_batch() == ([(long, 1000)] if num_slots == 700 else None)
+    assert scheduler.next_batch() == ([(long, 200)] if num_slots == 350 else None)
+    if num_slots == 350:
+        scheduler.num_slots = 100
+        assert scheduler.next_batch() is None, "a page to spare"
+        scheduler.num_slots = 110
+        assert scheduler.next_batch() == [(long, 200)]
 
 
 def test_exact_prompts_are_sglangs() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sglang_apb.patches import insides, prefill_forward, scheduling
 
-from sglang_apb.backends.base import KeptTokens
 from sglang_apb.config import parse
 from sglang_apb.layout import plan
 from sglang_apb.options import PluginOptions
+from sglang_apb.own_slots import OwnSlots
 from sglang_apb.rounds import rounds_of
 
 SPACE = 300_000_000  # bytes
@@ -50,19 +50,16 @@ def decided(
 ) -> Any:
     """`req` after its decision on a server of 2 ranks with 1,000 slots each."""
 
-    def kept(layout: Any) -> KeptTokens | None:
-        own = tuple(layout.rows_of(0).block_tokens.values())
-        return (
-            KeptTokens(layout.num_tokens, own, layout.most_context_on_a_rank, layout.question) if keeps_parts else None
-        )
+    def own_slots(layout: Any) -> OwnSlots | None:
+        return OwnSlots.of(layout) if keeps_parts else None
 
     backend = SimpleNamespace(
         keeps_parts=keeps_parts,
-        kept_tokens=kept,
+        own_slots=own_slots,
         owned_pages=lambda layout: layout.owned_pages(0, page_size),
         activation_bytes=lambda layout: 1_000_000 * len(layout.question),
         context_name=context_name,
-        rounds=lambda layout: rounds_of(layout, 1) if context_name and not keeps_parts else None,
+        rounds=lambda layout: rounds_of(layout, 1) if context_name else None,
         plan=lambda num_tokens, wish: plan(
             num_tokens, parse(config), num_ranks=2, page_size=page_size, question_tokens=wish.question_tokens
         ),
@@ -99,7 +96,7 @@ def test_what_is_too_short_to_run_sparse(config: str, device: str, num_ranks: in
 def test_a_long_prompt_runs_sparse_and_is_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     req = decided(Request(500), monkeypatch, keeps_parts=False, config=SPARSE, page_size=1)
     notes = insides.notes_of(req)
-    assert notes.wish is not None and notes.kept is None
+    assert notes.wish is not None and notes.own_slots is None
     assert req.skip_radix_cache_insert and req.extra_key == "tenant\0r1"  # no other request has this namespace
     assert notes.owned_pages == plan(500, parse(SPARSE), num_ranks=2).owned_pages(0, 1)
 
@@ -118,10 +115,14 @@ def test_a_sparse_prompt_that_was_batched_or_cut_fails(
     assert req.skip_radix_cache_insert
 
 
-def test_a_rank_that_keeps_its_own_part_leaves_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the tree that keeps contexts, too, whose name a user may give: tokens of other ranks have no slots here."""
-    req = decided(Request(500), monkeypatch, keeps_parts=True, config=SPARSE, page_size=1, keeps_contexts=True)
-    assert insides.notes_of(req).context_end is None and req.skip_radix_cache_insert
+@pytest.mark.parametrize("block", [4, 3])
+def test_a_rank_that_keeps_its_own_part_leaves_units_that_have_room_for_a_digest(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = f'{{"block": {block}, "min_tokens": 16}}'
+    req = decided(Request(500), monkeypatch, keeps_parts=True, config=config, page_size=1, keeps_contexts=True)
+    context_end = insides.notes_of(req).context_end
+    assert (context_end, req.skip_radix_cache_insert) == ((375, False) if block == 4 else (None, True))
 
 
 @pytest.mark.parametrize("context_name", ["apb 100 512", None])
@@ -145,7 +146,7 @@ def test_a_prompt_that_cannot_be_laid_out_runs_exact(
     config = f'{{"min_tokens": {min_tokens}}}'
     req = decided(Request(num_tokens), monkeypatch, keeps_parts=True, config=config, page_size=page_size)
     notes = insides.notes_of(req)
-    assert notes.wish is None and notes.kept is None and notes.owned_pages is None and req.error is None
+    assert notes.wish is None and notes.own_slots is None and notes.owned_pages is None and req.error is None
     assert req.extra_key == "tenant" and not req.skip_radix_cache_insert
 
 

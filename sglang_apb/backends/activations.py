@@ -86,7 +86,7 @@ class Activations:
         return self.num_ranks > 1 and not self.replicate_kv
 
     def rounds(self, layout: Layout) -> Rounds | None:
-        if self.config.is_steered_by_question or self.keeps_parts:
+        if self.config.is_steered_by_question:
             return None
         return rounds_of(layout, self.config.round_tokens)
 

@@ -19,12 +19,13 @@ from sglang_apb import selection
 from sglang_apb.attention.base import Build
 from sglang_apb.backends import building
 from sglang_apb.backends.activations import Activations
-from sglang_apb.backends.base import KeptTokens, PrefillBackend, Wish
+from sglang_apb.backends.base import PrefillBackend, Wish
 from sglang_apb.backends.handed_on import HandedOn
 from sglang_apb.backends.kv_cache import KvCache, Part, indices
 from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention, nothing
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span
+from sglang_apb.own_slots import OwnSlots
 from sglang_apb.rank_group import RankGroup
 from sglang_apb.rounds import Rounds
 
@@ -87,11 +88,8 @@ class ApbBackend(PrefillBackend):
     def keeps_parts(self) -> bool:
         return self._activations.keeps_parts
 
-    def kept_tokens(self, plan: Layout) -> KeptTokens | None:
-        if not self.keeps_parts:
-            return None
-        own = tuple(plan.rows_of(self._group.rank).block_tokens.values())
-        return KeptTokens(plan.num_tokens, own, plan.most_context_on_a_rank, plan.question)
+    def own_slots(self, plan: Layout) -> OwnSlots | None:
+        return OwnSlots.of(plan) if self.keeps_parts else None
 
     def activation_bytes(self, plan: Layout) -> int:
         return self._activations.num_bytes(plan)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_apb.attention.base import Build
 from sglang_apb.backends.handed_on import HandedOn
-from sglang_apb.layout import Span, num_rows
+from sglang_apb.own_slots import OwnSlots
 from sglang_apb.rounds import Rounds
 
 # SGLang's slot for padding, which no request owns: what is written there is not kept.
@@ -21,34 +21,6 @@ class Wish:
     """What one request wants of the method, besides the server's settings."""
 
     question_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class KeptTokens:
-    """What one rank keeps of a prompt's KV, when it keeps its own part only.
-
-    Slots of the request: [own context | spare | question]. Every rank takes as many, whatever it owns, so that the
-    ranks' schedulers see the same free space. `context` are the own tokens, `num_context` the slots before the
-    question's; the question is kept on every rank. Both begin on a page.
-    """
-
-    num_tokens: int
-    context: tuple[Span, ...]
-    num_context: int
-    question: Span
-
-    def __post_init__(self) -> None:
-        if num_rows(self.context) > self.num_context:
-            raise ValueError(f"{num_rows(self.context)} context tokens do not fit in {self.num_context} slots")
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_context + len(self.question)
-
-    @property
-    def num_elsewhere(self) -> int:
-        """How many slots fewer than tokens."""
-        return self.num_tokens - self.num_slots
 
 
 class PrefillBackend(ABC):
@@ -116,5 +88,5 @@ class PrefillBackend(ABC):
         """Whether a rank keeps the KV of its own part of a prompt only."""
 
     @abstractmethod
-    def kept_tokens(self, plan: Any) -> KeptTokens | None:
-        """What this rank keeps of the prompt; None when it keeps every token."""
+    def own_slots(self, plan: Any) -> OwnSlots | None:
+        """The prompt's slots where a rank keeps its own part; None where it keeps every token."""
