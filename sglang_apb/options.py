@@ -228,14 +228,12 @@ def check_server_args(server_args: Any, model_config: Any, options: PluginOption
 def _check_cache(server_args: Any, options: PluginOptions) -> None:
     """Where ranks keep their own blocks, our radix cache alone knows what the slots of a prompt hold."""
     keeps_parts = server_args.disaggregation_mode == "prefill" and uses_transfer(server_args) and options.sp_size > 1
-    given = server_args.radix_cache_backend
-    if keeps_parts and given != CONTEXT_CACHE:
+    if keeps_parts and server_args.radix_cache_backend != CONTEXT_CACHE:
+        given = server_args.radix_cache_backend
+        option = f"--radix-cache-backend {given}" if given else "--enable-unified-cache-external-linker"
         raise OptionError(
-            f"--radix-cache-backend {given} does not go with --sp-size {options.sp_size} and {_TRANSFER}, whose ranks "
-            "each keep a part of a prompt: leave it out"
-            if given
-            else f"--enable-unified-cache-external-linker does not go with --sp-size {options.sp_size} and {_TRANSFER}, "
-            "whose ranks each keep a part of a prompt: leave it out"
+            f"{option} does not go with --sp-size {options.sp_size} and {_TRANSFER}, whose ranks each keep a part of a "
+            "prompt: leave it out"
         )
 
 

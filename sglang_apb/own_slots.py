@@ -4,8 +4,8 @@
     slots    | as many as its longest block |  ...   |     | a slot a token |
 
 The tokens of a unit share its slots: on each rank these hold the rank's own block. All ranks take the same slots,
-whatever they own, so that their schedulers see the same free space. A prompt's row of SGLang's table has for each of its
-tokens the slot that it has on the rank that owns it.
+whatever they own, so that their schedulers see the same free space. A prompt's row of SGLang's table has for each token
+the slot that it has on the rank that owns it.
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ def backend(num_ranks: int, page_size: int, config: ApbConfig) -> Any:
     def make_plan(num_tokens: int, wish: Wish) -> Layout:
         return plan(num_tokens, config, num_ranks=num_ranks, page_size=page_size)
 
-    return SimpleNamespace(
-        plan=make_plan, own_slots=OwnSlots.of, activation_bytes=rows_on_rank_0
-    )
+    return SimpleNamespace(plan=make_plan, own_slots=OwnSlots.of, activation_bytes=rows_on_rank_0)
 
 
 @pytest.mark.parametrize(("num_ranks", "page_size"), [(2, 1), (2, 64), (3, 1), (8, 16)])

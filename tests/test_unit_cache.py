@@ -1,4 +1,4 @@
-"""Contexts of which each rank keeps its own blocks: what the tree says is theirs is theirs, and every slot comes back."""
+"""Contexts of which each rank keeps its own blocks: what is found is theirs, and every slot comes back."""
 
 from __future__ import annotations
 
@@ -165,7 +165,9 @@ class Server:
         return int(self.table.req_to_token[req.kv.req_pool_idx, token])
 
     def text(self, req: Request, token: int) -> tuple[Any, ...]:
-        return ("question", req.rid, token) if token >= self.context_end(req) else tuple(req.origin_input_ids[: token + 1])
+        return (
+            ("question", req.rid, token) if token >= self.context_end(req) else tuple(req.origin_input_ids[: token + 1])
+        )
 
     def context_end(self, req: Request) -> int:
         assert req.prefill_notes.own_slots is not None
@@ -210,12 +212,15 @@ def documents(rng: random.Random) -> Iterator[tuple[list[int], int]]:
     while True:
         text, question = rng.choice(texts), rng.randrange(1, 12)
         more = [rng.randrange(1000, 2000) for _ in range(rng.choice([0, 5, UNIT]))]
-        yield [*text[: rng.randrange(20, len(text))], *more, *(rng.randrange(3000, 4000) for _ in range(question))], question
+        yield (
+            [*text[: rng.randrange(20, len(text))], *more, *(rng.randrange(3000, 4000) for _ in range(question))],
+            question,
+        )
 
 
 @pytest.mark.parametrize("num_pages", [400, 64, 40])
 def test_random_sequences_against_a_model(num_pages: int) -> None:
-    """Prompts that come, go on round by round, end or are given up in mid-prompt, and in small pools push others out."""
+    """Prompts that come, go on round by round, end or are given up, and in small pools push others out."""
     num_hits = num_waits = 0
     for seed in range(12):
         rng, server, live = random.Random(seed), Server(num_pages), []
