@@ -53,7 +53,12 @@ def test_the_layer_that_is_run_is_of_the_shortest_prompt_that_can_be_laid_out(mo
 
     monkeypatch.setattr(apb, "WARM_UP_TOKENS", 700)
     monkeypatch.setattr(made, "plan", plan)
-    assert [build.name for build in made.builds()] == ["a layer", "a layer behind cached tokens"]
+    assert [build.name for build in made.builds()] == [
+        "a layer of a prompt",
+        "a layer of a prompt, of which rank 0 has a part of a block",
+        "a layer of a round",
+        "a layer of a later round",
+    ]
     assert planned == [700, 1400, 2800]
     monkeypatch.setattr(apb, "WARM_UP_TOKENS", 1500)
     made._runner.model_config.context_len = 1999

@@ -118,14 +118,18 @@ def test_the_converted_model_is_a_whole_chat_model(smollm2: Path) -> None:
 def test_demo_streams_the_answer_and_says_what_ran(
     openai_server: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answer = demo.ask(openai_server(lambda body: " ten Representatives."), "A document.")
-    assert capsys.readouterr().out.strip() == f"Answer:   [{demo.ANSWER_START}] ten Representatives."
+    (question, _), url = demo.QUESTIONS, openai_server(lambda body: " ten Representatives.")
+    answer = demo.ask(url, "A document.", question)
+    said = f"Question: {question.text}\nAnswer:   [{question.answer_start}] ten Representatives."
+    assert capsys.readouterr().out.strip() == said
     assert (answer.text, answer.num_prompt_tokens, answer.prefill) == (" ten Representatives.", 7000, REPORT)
     assert answer.first_token_s > 0
-    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in demo.describe(answer).splitlines())
+    again = dataclasses.replace(answer, first_token_s=0.71, num_cached_tokens=6144)
+    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in demo.describe([answer, again]).splitlines())
     assert lines["method"] == "apb" and lines["ranks"] == "2" and lines["blocks"] == "16"
     assert lines["attention work"] == "31% of exact attention's" and lines["KV sent"] == "1,234,567 bytes over zmq"
     assert lines["during prefill"] == "1,200,000 of them"
+    assert lines["another question"] == "0.7 s, 6,144 tokens found again"
 
 
 def test_an_answer_without_a_report_is_told_apart() -> None:

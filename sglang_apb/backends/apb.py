@@ -102,21 +102,30 @@ class ApbBackend(PrefillBackend):
 
     def builds(self) -> Sequence[Build]:
         model, device, dtype = self._runner.model_config, self._runner.device, self._runner.dtype
-        attentions = [
-            SparseAttention(layout, self._group, self._engine, self._selector, device)
-            for layout in self._layouts_to_run()
-        ]
-        return building.builds(self._engine, attentions, self._config.order, model, dtype, device)
+        layers = dict(self._layers_to_run())
+        return building.builds(self._engine, layers, self._config.order, model, dtype, device)
 
-    def _layouts_to_run(self) -> Iterator[Layout]:
-        """Of a prompt, and of prompts with a block of each rank cached in part."""
+    def _layers_to_run(self) -> Iterator[tuple[str, SparseAttention]]:
+        """What each is of: a prompt, prompts with a block of each rank cached in part, and two rounds."""
         if (layout := self._layout_from(WARM_UP_TOKENS)) is None:
             return
-        yield layout
-        for rank in range(layout.num_ranks if self.context_name is not None else 0):
+        yield "a prompt", self._attention(layout)
+        if self.context_name is None:
+            return
+        for rank in range(layout.num_ranks):
             if own := layout.blocks_of(rank):
                 block = layout.blocks[own[len(own) // 2]]
-                yield dataclasses.replace(layout, num_cached=(block.start + block.end) // 2)
+                behind = dataclasses.replace(layout, num_cached=(block.start + block.end) // 2)
+                yield f"a prompt, of which rank {rank} has a part of a block", self._attention(behind)
+        if half := layout.num_blocks // 2 // layout.num_ranks * layout.num_ranks:
+            border, handed_on = layout.blocks[half].start, HandedOn()
+            yield "a round", self._attention(dataclasses.replace(layout, round_end=border), handed_on)
+            handed_on.num_tokens = border
+            yield "a later round", self._attention(dataclasses.replace(layout, num_cached=border), handed_on)
+
+    def _attention(self, layout: Layout, handed_on: HandedOn | None = None) -> SparseAttention:
+        device = self._runner.device
+        return SparseAttention(layout, self._group, self._engine, self._selector, device, handed_on)
 
     def _layout_from(self, num_tokens: int) -> Layout | None:
         """None when no prompt that fits in the model's context can be laid out."""
@@ -129,10 +138,9 @@ class ApbBackend(PrefillBackend):
     def prepare(
         self, forward_batch: Any, plan: Layout, on_layer: Callable[[int], None], handed_on: HandedOn
     ) -> Callable[[], Any]:
-        device = forward_batch.input_ids.device
         if not handed_on.ends_at(plan.num_cached):
             handed_on.clear()
-        sparse = SparseAttention(plan, self._group, self._engine, self._selector, device, handed_on)
+        sparse = self._attention(plan, handed_on)
         slots, sees_cached = self._slots(forward_batch, plan), sparse.num_cached > 0
         cache = KvCache(self._runner, slots, plan, self._group, self._replicate_kv, sees_cached, on_layer)
         return partial(self._prefill, forward_batch, sparse, cache, handed_on)

@@ -5,7 +5,7 @@ FlashInfer and Triton compile at their first use, for minutes, and ranks meet at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from sglang_apb.layout import Span, num_rows
 
 def builds(
     engine: AttentionEngine,
-    attentions: Sequence[SparseAttention],
+    layers: Mapping[str, SparseAttention],
     order: str,
     model: Any,
     dtype: torch.dtype,
@@ -28,7 +28,7 @@ def builds(
 ) -> list[Build]:
     """Every module and kernel that a prompt can need, in the model's `dtype`.
 
-    attentions: of prompts whose layer is then run once each, in `order`. model: SGLang's ModelConfig.
+    layers: what is then run once each, in `order`, and what of. model: SGLang's ModelConfig.
     """
     heads = (model.num_attention_heads, model.num_key_value_heads, model.head_dim)
     found = [
@@ -38,9 +38,8 @@ def builds(
             for length in engine.kernels.select_lengths
         ),
     ]
-    for sparse in attentions:
-        name = "a layer behind cached tokens" if sparse.layout.num_cached else "a layer"
-        found.append(Build(name, partial(_run_layer, sparse, heads, device, dtype, order)))
+    for name, sparse in layers.items():
+        found.append(Build(f"a layer of {name}", partial(_run_layer, sparse, heads, device, dtype, order)))
     return found
 
 

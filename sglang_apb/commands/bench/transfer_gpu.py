@@ -62,13 +62,18 @@ def page_ids(prompt: Prompt, *, scattered: bool) -> PageIds:
     return np.random.default_rng(0).permutation(ids) if scattered else ids
 
 
+def check_two_gpus() -> None:
+    """Raises OSError where both processes have one GPU, which NCCL does not connect with itself."""
+    if torch.cuda.device_count() == 1:
+        raise OSError("NCCL needs two GPUs")
+
+
 @contextlib.contextmanager
 def receiving(pool: GpuPool, pipe: Connection) -> Iterator[Callable[[], float]]:
     """NCCL's own send and receive of the whole pool. Raises OSError where both processes have one GPU."""
     import torch.distributed as dist
 
-    if torch.cuda.device_count() == 1:
-        raise OSError("NCCL needs two GPUs")
+    check_two_gpus()
     store = dist.TCPStore("127.0.0.1", 0, world_size=2, is_master=True, wait_for_workers=False)
     pipe.send((PLAIN_NCCL, store.port))
     _join(pool, store, rank=1)

@@ -227,6 +227,8 @@ def _zmq(
     at_once: int = 1,
     **settings: Any,
 ) -> Iterator[Callable[[], float]]:
+    if plane == CHANNEL:
+        transfer_gpu.check_two_gpus()
     ours = _keys(folder, "decode") if folder else None
     theirs = _keys(folder, "prefill") if folder else None
     pipe.send((OVER_ZMQ, folder is not None))
