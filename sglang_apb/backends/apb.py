@@ -22,7 +22,8 @@ from sglang_apb.backends.activations import Activations
 from sglang_apb.backends.base import PrefillBackend, Wish
 from sglang_apb.backends.handed_on import HandedOn
 from sglang_apb.backends.kv_cache import KvCache, Part, indices
-from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention, nothing
+from sglang_apb.backends.layer_rows import LayerRows, nothing
+from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, Span
 from sglang_apb.own_slots import OwnSlots

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from sglang_apb.attention.base import AttentionEngine, Build
-from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.backends.layer_rows import LayerRows
+from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.kernels import Kernels
 from sglang_apb.kernels.candidates import Candidates
 from sglang_apb.layout import Span, num_rows

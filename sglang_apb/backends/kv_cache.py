@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sglang_apb.backends.base import PADDING_SLOT
-from sglang_apb.backends.sparse_attention import LayerRows, nothing
+from sglang_apb.backends.layer_rows import LayerRows, nothing
 from sglang_apb.layout import Layout, Span
 from sglang_apb.rank_group import RankGroup
 

@@ -16,51 +16,18 @@ and the last has the cached tokens for its question.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sglang_apb.attention.base import AttentionEngine, Partial, Piece
+from sglang_apb.backends.exchange import Exchange
 from sglang_apb.backends.handed_on import HandedOn, Shared
-from sglang_apb.backends.passing_bound import PassingBound
-from sglang_apb.kernels.candidates import Candidates
+from sglang_apb.backends.layer_rows import LayerRows, nothing
 from sglang_apb.layout import Layout, Span, num_rows
-from sglang_apb.rank_group import Pending, RankGroup
+from sglang_apb.rank_group import RankGroup
 from sglang_apb.selection.base import Selector
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """One layer's local rows, after RoPE: q [num_rows, num_q_heads, head_dim], k and v with num_kv_heads.
-
-    Where `SparseAttention.num_cached` says so, k and v have that many cached own tokens in front.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    scale: float
-
-    @classmethod
-    def random(
-        cls,
-        num_rows: int,
-        num_q_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> LayerRows:
-        """Noise, as views of one projection's rows, as a model has them."""
-        heads = (num_q_heads, num_kv_heads, num_kv_heads)
-        q, k, v = torch.randn(num_rows, sum(heads), head_dim, device=device, dtype=dtype).split(heads, dim=1)
-        return cls(q, k, v, head_dim**-0.5)
-
-    def part(self, start: int, end: int) -> LayerRows:
-        """Rows [start, end)."""
-        return LayerRows(self.q[start:end], self.k[start:end], self.v[start:end], self.scale)
-
 
 # Blocks are attended together, up to this: queries that keep a GPU busy, and their keys, of which each block has a
 # copy then (attention/flashinfer.py). More would only take memory.
@@ -87,10 +54,6 @@ class _Group:
         return _Group(together, (*self.pieces, Piece(len(rows), Span(0, num_keys))), buffer)
 
 
-def nothing() -> None:
-    """What is left to do when nothing was started."""
-
-
 class SparseAttention:
     """One round of a prompt's attention on one rank; used by all layers in turn.
 
@@ -110,29 +73,12 @@ class SparseAttention:
         self.rows = layout.rows_of(group.rank)
         self._group = group
         self._kernels = engine.kernels
-        self._selector = selector
         self._handed_on = handed_on or HandedOn()
-        # Blocks whose passing tokens are chosen now: this round's, or all so far.
-        self._is_later = self._handed_on.ends_at(layout.num_cached)
-        computed = layout.computed_blocks
-        self._chosen = Span(computed.start if self._is_later else 0, computed.end)
-        # Own tokens, in front of the rows' keys.
-        sees_cached = layout.is_last_round or not self._is_later
+        # Own tokens, in front of the rows' keys: a later round sees of them what was handed on, and its question all.
+        sees_cached = layout.is_last_round or not self._handed_on.ends_at(layout.num_cached)
         self.num_cached = num_rows(layout.cached_on(group.rank)) if sees_cached else 0
         self._keys = self._keys_of_blocks()
-        num_passing = {block: layout.num_passing(block) for block in range(self._chosen.start, self._chosen.end)}
-        self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
-        self._num_before = layout.num_shared_keys(self._chosen.start) if self._is_later else self._num_anchor
-        self._bound = PassingBound(layout, self._chosen, engine.kernels, device)
-        # How many passing tokens each rank hands on.
-        self._num_selected = [
-            sum(num_passing.get(block, 0) for block in layout.blocks_of(rank)) for rank in range(group.size)
-        ]
-        # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
-        self._candidates = self._own_candidates(num_passing, device)
-        if self._bound.needs_scores:
-            _ = self._candidates.block_of_selected
-        self._passing_order = self._order_of_passing(num_passing, device)
+        self._exchange = Exchange(layout, group, engine.kernels, selector, device, self._keys, self._handed_on)
         self._seeing = self._groups()
         self._plan(engine)
 
@@ -191,35 +137,13 @@ class SparseAttention:
         for block, rows in self.rows.blocks.items():
             if not (num_keys := self.layout.num_shared_keys(block)):
                 continue
-            buffer = self._bound.buffer_of(block)
+            buffer = self._exchange.bound.buffer_of(block)
             larger = groups[-1].with_block(rows, num_keys, buffer) if groups else None
             if larger is None:
                 groups.append(_Group(rows, (Piece(len(rows), Span(0, num_keys)),), buffer))
             else:
                 groups[-1] = larger
         return groups
-
-    def _own_candidates(self, num_passing: Mapping[int, int], device: torch.device | str) -> Candidates:
-        spans, counts = [], []
-        for block, keys in self._keys.items():
-            if num_passing.get(block):
-                first = self.layout.candidates(block).start - self.layout.blocks[block].start
-                spans.append(Span(keys.start + first, keys.end))
-                counts.append(num_passing[block])
-        return Candidates.of(spans, counts, device)
-
-    def _order_of_passing(self, num_passing: Mapping[int, int], device: torch.device | str) -> torch.Tensor:
-        """For each passing token in the prompt's order its row among the gathered ones, which come rank after rank,
-        each rank's in the order of its blocks, padded to the most.
-        """
-        most = max(self._num_selected)
-        next_row = [rank * most for rank in range(self._group.size)]
-        rows: list[int] = []
-        for block, count in num_passing.items():
-            owner = self.layout.owners[block]
-            rows += range(next_row[owner], next_row[owner] + count)
-            next_row[owner] += count
-        return torch.tensor(rows, dtype=torch.int64, device=device)
 
     def attend(self, layer: LayerRows, meanwhile: Callable[[], None] = nothing, number: int = 0) -> torch.Tensor:
         """The round's rows, context and question, in one pass: [num_rows, num_q_heads, head_dim].
@@ -234,7 +158,7 @@ class SparseAttention:
             return self.attend_last(layer, meanwhile)
         question = self.rows.question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared = self._exchange(layer, layer.q[question.start :], number)
+        shared = self._exchange.bring(layer, layer.q[question.start :], number)
         own_lse = self._attend_own(layer, out)
         answer = self._start_question(layer, *self._context_of(layer)) if len(question) else None
         meanwhile()
@@ -265,7 +189,7 @@ class SparseAttention:
         """The first of two passes. Rows are [anchor copy | own blocks]; the anchor's question chooses what to pass."""
         question = self.rows.anchor_question
         out = torch.empty_like(layer.q, memory_format=torch.contiguous_format)
-        shared = self._exchange(layer, layer.q[question.start : question.end], 0)
+        shared = self._exchange.bring(layer, layer.q[question.start : question.end], 0)
         own_lse = self._attend_own(layer, out)
         meanwhile()
         self._add_shared(layer, shared, out, own_lse, 0)
@@ -293,7 +217,7 @@ class SparseAttention:
         self, layer: LayerRows, shared: Shared, out: torch.Tensor, own_lse: torch.Tensor, number: int
     ) -> None:
         """Adds to each block, in `out`, what it sees of what was handed on, and keeps that for the next round."""
-        buffers = self._bound.buffers(shared)
+        buffers = self._exchange.bound.buffers(shared)
         at, buffer = 0, next(buffers)
         for group, attend in zip(self._seeing, self._before, strict=True):
             while at < group.buffer:  # own blocks ascend
@@ -304,68 +228,6 @@ class SparseAttention:
             self._kernels.merge((out[rows], before.out), (own_lse[rows], before.lse), out[rows])
         if not self.layout.is_last_round:
             *_, self._handed_on.layers[number] = buffer, *buffers
-
-    def _exchange(self, layer: LayerRows, question: torch.Tensor, number: int) -> Shared:
-        """Anchor and passing tokens of all ranks, with the passing tokens' scores where a bound needs them.
-
-        The anchor is on its way while passing tokens are chosen.
-        """
-        num_shared = self._num_before + len(self._passing_order)
-        shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
-        earlier = self._handed_on.layers.pop(number) if self._is_later else None
-        anchor = self._start_anchor(layer, shared) if earlier is None else []
-        if earlier is not None:
-            shared[: self._num_before] = earlier.keys_values
-        scores = self._exchange_passing(layer, question, shared[self._num_before :])
-        if scores is not None and earlier is not None and earlier.scores is not None:
-            scores = torch.cat((earlier.scores, scores))
-        for pending in anchor:
-            pending.wait()
-        return Shared(shared, scores)
-
-    def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
-        if self.layout.recomputed:
-            _copy_key_value(layer, Span(0, self._num_anchor), shared[: self._num_anchor])
-            return []
-        sends = []
-        for owner, tokens in self.layout.owner_runs(Span(0, self._num_anchor)):
-            part = shared[tokens.start : tokens.end]
-            if owner == self._group.rank:
-                _copy_key_value(layer, self._keys_of_tokens(tokens), part)
-            sends.append(self._group.broadcast(part, owner))
-        return sends
-
-    def _keys_of_tokens(self, tokens: Span) -> Span:
-        """Own keys of consecutive context tokens; own blocks that touch in the prompt touch there."""
-        for block, keys in self._keys.items():
-            span = self.layout.blocks[block]
-            if span.start <= tokens.start < span.end:
-                start = keys.start + tokens.start - span.start
-                return Span(start, start + len(tokens))
-        raise ValueError(f"tokens [{tokens.start}, {tokens.end}) are not on rank {self._group.rank}")
-
-    def _exchange_passing(self, layer: LayerRows, question: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Chooses the own blocks' passing tokens, and brings all ranks' to `target`; gives their scores if needed.
-
-        target: [num_passing_in_all, 2, num_kv_heads, head_dim], in the order of the prompt.
-        """
-        candidates = self._candidates
-        alone = self._group.size == 1
-        selected = target if alone else target.new_empty((candidates.num_selected, *target.shape[1:]))
-        sent = [selected]
-        if self._bound.needs_scores:
-            sent.append(target.new_empty((candidates.num_selected, target.shape[2]), dtype=torch.float32))
-        if candidates.num_selected:
-            scores = self._selector.score(layer.k, question, candidates, self._kernels)
-            rows = self._kernels.select(scores, candidates)
-            self._kernels.pack(layer.k, layer.v, rows, selected)
-            if self._bound.needs_scores:
-                sent[1] = candidates.scores_of(rows, scores)
-        if alone:
-            return sent[1] if self._bound.needs_scores else None
-        gathered = self._group.gather_together(sent, self._num_selected).wait()
-        torch.index_select(gathered[0].flatten(0, 1), 0, self._passing_order, out=target)
-        return gathered[1].flatten(0, 1)[self._passing_order] if self._bound.needs_scores else None
 
     def _start_question(
         self, layer: LayerRows, context_k: torch.Tensor, context_v: torch.Tensor
@@ -405,9 +267,3 @@ class SparseAttention:
         out.zero_()
         if lse is not None:
             lse.fill_(-torch.inf)
-
-
-def _copy_key_value(layer: LayerRows, rows: Span, target: torch.Tensor) -> None:
-    """target: [num_rows, 2, num_kv_heads, head_dim]"""
-    for index, source in enumerate((layer.k, layer.v)):
-        target[:, index] = source[rows.start : rows.end]

@@ -11,7 +11,8 @@ import torch
 
 from sglang_apb import attention, selection
 from sglang_apb.attention.base import AttentionEngine
-from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.backends.layer_rows import LayerRows
+from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.commands.bench.observed import (
     BEFORE,
     MERGE,

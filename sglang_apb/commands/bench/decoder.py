@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sglang_apb.backends.sparse_attention import LayerRows
+from sglang_apb.backends.layer_rows import LayerRows
 from sglang_apb.commands.bench.models import DecoderShape
 from sglang_apb.commands.bench.observed import COMMUNICATION
 from sglang_apb.commands.bench.row_ops import row_ops

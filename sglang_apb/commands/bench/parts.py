@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from sglang_apb import attention, selection
 from sglang_apb.attention.base import Piece
-from sglang_apb.backends.sparse_attention import LayerRows, SparseAttention
+from sglang_apb.backends.layer_rows import LayerRows
+from sglang_apb.backends.sparse_attention import SparseAttention
 from sglang_apb.commands.bench.decoder import FFN, KV_CACHE, NORMS, PROJECTIONS, Attend, DecoderLayer, Reduce
 from sglang_apb.commands.bench.link import Link, apb_exposed, exact_exposed
 from sglang_apb.commands.bench.observed import (
