@@ -61,6 +61,11 @@ def cache_class(keeps_parts: bool) -> Any:
             if end is None or not (self._has(req, up_to) or self._would_free_what_decode_reads(req, up_to)):
                 super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
 
+        def on_release(self, req: Any, *, checkpointed: bool) -> None:
+            """Every end of a request comes here; SGLang may go on to hold the request itself."""
+            insides.notes_of(req).handed_on.clear()
+            super().on_release(req, checkpointed=checkpointed)
+
         def _has(self, req: Any, up_to: int) -> bool:
             """A prefill server asks again and again while a prompt is between its rounds."""
             return not req.finished() and 0 < up_to // self.page_size * self.page_size <= req.kv.cache_protected_len

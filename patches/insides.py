@@ -249,9 +249,12 @@ def chunked_prompt(scheduler: Any) -> Any:
     return scheduler.chunked_req
 
 
-def count_no_chunk(req: Any) -> None:
-    """SGLang has counted a chunk of the request for a batch that has none: it would drop its last token, too."""
+def count_no_chunk(batch: Any, req: Any) -> None:
+    """SGLang has counted a chunk of the request for a batch that has none: it would drop its last token, too. And the
+    batch, whose requests may decode for long, would hold the request.
+    """
     req.inflight_middle_chunks -= 1
+    batch.chunked_req = None
 
 
 def give_up_if_failed(scheduler: Any, req: Any) -> bool:

@@ -1,8 +1,8 @@
 """Targets: `KVCacheConfigurator._profile_available_bytes`, `TpModelWorker.get_worker_info`.
 
-Reason: SGLang cuts prompts into chunks, leaves a GPU's memory for one chunk's activations beside the KV pool, and lets
-prompts in as long as the pool is large. A sparse prompt runs whole: what its rows take is shared out together with
-the KV that they leave, unless `--mem-fraction-static` says how much the pool gets; and prompts that do not fit are
+Reason: SGLang leaves a GPU's memory for one chunk's activations beside the KV pool, and lets prompts in as long as the
+pool is large. A sparse prompt takes more, in rounds and all the more in one piece: what it takes is shared out together
+with the KV that it leaves, unless `--mem-fraction-static` says how much the pool gets; and prompts that do not fit are
 refused by their length. What sparse attention takes for itself is taken, and what it runs built, before that is worked
 out, and so before the server says that it is ready. Official point tried: SGLang's own reserve for activations
 (`--mem-fraction-static`, `--chunked-prefill-size`) knows one chunk, not a prompt.

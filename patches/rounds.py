@@ -5,7 +5,8 @@ rounds others get a turn. SGLang's chunked prefill carries it from round to roun
 
     round -> decodes, one step -> other prompts, up to so many tokens -> round -> ...
 
-Other prompts are those that fit whole into what is left of their turn; what does not fit waits, in its order. While a
+Other prompts are those that fit whole into what is left of their turn, and into a chunk of SGLang's where they are
+exact; what does not fit waits, in its order. While a
 prompt is between its rounds the slots that it will need are kept for it.
 Official point: `get_prefill_adder_class` is SGLang's own override point. Options tried: `--schedule-policy
 shortest-prefill-first` puts others into the long prompt's batch and lets it starve, `--prefill-decode-interval` does
@@ -25,6 +26,11 @@ from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config
 from sglang_apb.layout import Span
+
+# A turn of others ends after so many batches, however small: each takes a launch, and decodes a step.
+MOST_PASSES = 8
+# Waiting prompts that a pass looks at in vain: SGLang matches each with the cache.
+MOST_SKIPPED = 16
 
 
 @dataclass
@@ -67,6 +73,7 @@ def _adder_class(base: Any) -> Any:
             super().__init__(*args, **kwargs)
             self._turns = turns
             self._parked: Any = None  # the prompt that waits for its next round
+            self._num_skipped = 0
 
         def add_chunked_req(self, req: Any) -> Any:
             """The request while it has rounds to come."""
@@ -89,14 +96,17 @@ def _adder_class(base: Any) -> Any:
         def _fits_whole(self, req: Any) -> bool:
             """Into what is left of the others' turn. SGLang knows one request with chunks to come."""
             num_tokens = self.ceil_paged_tokens(insides.num_new_tokens(req))
-            return num_tokens <= self.rem_chunk_tokens and (not _is_sparse(req) or _round_tokens(req) is None)
+            if _is_sparse(req):
+                return num_tokens <= self._turns.left and _round_tokens(req) is None
+            return bool(num_tokens <= self.rem_chunk_tokens)
 
         def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
             others = insides.admitted(self)
             if any(map(_is_sparse, others)) or (_is_sparse(req) and others):
                 return AddReqResult.OTHER
             if self._parked is not None and not self._fits_whole(req):
-                return AddReqResult.CONTINUE  # the next one may be shorter
+                self._num_skipped += 1  # the next one may be shorter
+                return AddReqResult.CONTINUE if self._num_skipped < MOST_SKIPPED else AddReqResult.OTHER
             if not _is_sparse(req):
                 return super().add_one_req(req, has_chunked_req, truncation_align_size)
             with insides.chunk_of(self, _round_tokens(req)), _charging_slots(self, req):
@@ -157,8 +167,8 @@ def _count(scheduler: Any, turns: Turns, batch: Any) -> None:
     if long in batch.reqs:
         turns.begin()
         return
-    insides.count_no_chunk(long)
-    turns.left = max(turns.left - sum(batch.extend_lens), 0)
+    insides.count_no_chunk(batch, long)
+    turns.left = max(turns.left - max(sum(batch.extend_lens), turns.limit // MOST_PASSES), 0)
     turns.decodes_are_due = True
 
 

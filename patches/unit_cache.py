@@ -93,8 +93,15 @@ def unit_cache(base: Any) -> Any:
             end = len(key) // own.block * own.unit
             row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
             slots = row[own.holders_of(Span(0, end)).to(row.device)].to(torch.int64)
-            priority = req.priority or 0
-            found = self.insert(InsertParams(key=key, value=slots, prev_prefix_len=num_known, priority=priority))
+            found = self.insert(
+                InsertParams(
+                    key=key,
+                    value=slots,
+                    prev_prefix_len=num_known,
+                    inserted_len=num_known,
+                    priority=req.priority or 0,
+                )
+            )
             kept = self.path_device_indices(found.last_device_node).to(torch.int32)
             places = own.slots_of(Span(0, end)).to(kept.device)
             self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, end)), kept[places])

@@ -56,7 +56,7 @@ class ApbConfig:
         "tokens that each rank computes of a long prompt before others get a turn; whole blocks, at least one",
     )
     between_rounds: int = setting(
-        8192, "tokens of other prompts that may be computed between two rounds of a long one; 0: they wait for its end"
+        8192, "tokens of other prompts, each in one piece, between two rounds of a long one; 0: they wait for its end"
     )
     selector: str = setting(
         "key_diff",

@@ -24,6 +24,11 @@ class Rounds:
     anchor: int
     context_end: int
 
+    @property
+    def longest(self) -> int:
+        """A round at most: behind a found context, or with the anchor."""
+        return max(self.size + self.unit, self._next_unit(self.anchor))
+
     def end_of(self, start: int) -> int | None:
         """Where the round ends that begins at token `start`; None when it is the prompt's last.
 

@@ -103,7 +103,7 @@ class Scheduler:
         if self.chunked_req is not None:
             self.chunked_req.inflight_middle_chunks += 1
         lens = [req.extend_end - req.prefix_len for req in adder.can_run_list]
-        return SimpleNamespace(reqs=adder.can_run_list, extend_lens=lens), running
+        return SimpleNamespace(reqs=adder.can_run_list, extend_lens=lens, chunked_req=self.chunked_req), running
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,22 @@ def test_who_does_not_fit_between_rounds_waits_and_holds_nobody_up() -> None:
     assert found[:5] == [[(long, 200)], [(short, 40)], [(question, 30)], [(long, 200)], [(long, 200)]]
     assert found[5] == [(long, 50)]
     assert scheduler.next_batch() == [(second, 220)], "long prompts keep their order"
+
+
+def test_a_turn_ends_after_a_few_batches_however_small_they_are() -> None:
+    scheduler, long = Scheduler('{"between_rounds": 100}'), request(650, sparse=True)
+    scheduler.waiting = [long]
+    assert scheduler.next_batch() == [(long, 200)]
+    for _ in range(rounds.MOST_PASSES + 1):
+        scheduler.waiting = [request(1000, cached=999)]
+        batch = scheduler.next_batch()
+    assert batch == [(long, 200)]
+
+
+def test_a_pass_looks_at_some_that_wait_and_not_at_all() -> None:
+    scheduler, long = Scheduler(), request(650, sparse=True)
+    scheduler.waiting = [long, *(request(500) for _ in range(rounds.MOST_SKIPPED)), request(20)]
+    assert batches(scheduler, 2) == [[(long, 200)], [(long, 200)]]
 
 
 def test_decodes_get_a_step_after_each_batch() -> None:

@@ -54,7 +54,7 @@ def test_a_prefix_that_is_sent_early_ends_no_server(
 
 def test_prompts_that_begin_alike_keep_their_pages(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """In small pools, many at once: pages that SGLang frees as duplicates of the tree's soon belong to another prompt,
-    while decode may still read them. Sparse prompts, whose layers leave before their batch has ended, never enter it.
+    while decode may still read them. A sparse prompt's, whose layers leave before their batch has ended, stay its own.
     """
     settings = ("--prefill-backend-config", '{"passing": "all", "block": 256, "min_tokens": 900}')
     pool = ("--max-total-tokens", "4500", "--page-size", str(PAGE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_apb import layout as layouts
+from sglang_apb.backends.sparse_attention import KEYS_A_CALL
 from sglang_apb.config import ApbConfig
 from sglang_apb.layout import Layout, LayoutError, num_rows
 from sglang_apb.rounds import Rounds, rounds_of
@@ -95,9 +96,19 @@ class Activations:
         num_own, rounds = layout.most_context_on_a_rank, self.rounds(layout)
         if rounds is None or rounds.end_of(0) is None:
             return self._bytes_of_rows(layout, num_own)
-        # A round is a block longer where a found context ends in the midst of one. The last sees all own keys.
-        of_rows = self._bytes_of_rows(layout, min(num_own, (rounds.size + rounds.unit) // self.num_ranks))
-        return of_rows + num_own * self._key_bytes + layout.most_shared_keys * self._key_bytes * self.num_layers
+        # The last round, and the first behind a found context, see all own keys.
+        of_rows = self._bytes_of_rows(layout, min(num_own, rounds.longest // self.num_ranks))
+        return of_rows + (num_own + self._num_exchanged(layout)) * self._key_bytes + self._bytes_of_handed_on(layout)
+
+    def _num_exchanged(self, layout: Layout) -> int:
+        """Keys on their way behind a found context, of which all passing tokens are chosen anew: in order, and with
+        several ranks the own ones and all ranks' as they come; and those of a call (attention/flashinfer.py).
+        """
+        num_passing = sum(map(layout.num_passing, range(layout.num_blocks)))
+        return (1 if self.num_ranks == 1 else 3) * num_passing + KEYS_A_CALL
+
+    def _bytes_of_handed_on(self, layout: Layout) -> int:
+        return layout.most_shared_keys * self._key_bytes * self.num_layers
 
     def num_bytes_of(self, num_tokens: int) -> int:
         """Of a prompt of so many tokens; 0 when it is too short to be laid out."""

@@ -118,8 +118,9 @@ class ApbBackend(PrefillBackend):
                 block = layout.blocks[own[len(own) // 2]]
                 behind = dataclasses.replace(layout, num_cached=(block.start + block.end) // 2)
                 yield f"a prompt, of which rank {rank} has a part of a block", self._attention(behind)
-        if half := layout.num_blocks // 2 // layout.num_ranks * layout.num_ranks:
-            border, handed_on = layout.blocks[half].start, HandedOn()
+        border = layout.blocks[layout.num_blocks // 2 // layout.num_ranks * layout.num_ranks].start
+        if border > layout.anchor:  # as the first of real rounds
+            handed_on = HandedOn()
             yield "a round", self._attention(dataclasses.replace(layout, round_end=border), handed_on)
             handed_on.num_tokens = border
             yield "a later round", self._attention(dataclasses.replace(layout, num_cached=border), handed_on)

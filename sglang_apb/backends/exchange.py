@@ -83,17 +83,18 @@ class Exchange:
         The anchor is on its way while passing tokens are chosen.
         """
         num_shared = self._num_before + len(self._passing_order)
-        shared = layer.k.new_empty((num_shared, 2, *layer.k.shape[1:]))
         earlier = self._handed_on.layers.pop(number) if self._is_later else None
-        anchor = self._start_anchor(layer, shared) if earlier is None else []
-        if earlier is not None:
-            shared[: self._num_before] = earlier.keys_values
+        # Later rounds fill what is left of it: buffers that grew would leave holes in the allocator's memory.
+        num_keys = num_shared if self._layout.is_last_round else max(num_shared, self._layout.most_shared_keys)
+        room = earlier.with_room(num_keys) if earlier else layer.k.new_empty((num_keys, 2, *layer.k.shape[1:]))
+        shared = room[:num_shared]
+        anchor = [] if earlier else self._start_anchor(layer, shared)
         scores = self._exchange_passing(layer, question, shared[self._num_before :])
         if scores is not None and earlier is not None and earlier.scores is not None:
             scores = torch.cat((earlier.scores, scores))
         for pending in anchor:
             pending.wait()
-        return Shared(shared, scores)
+        return Shared(shared, scores, room)
 
     def _start_anchor(self, layer: LayerRows, shared: torch.Tensor) -> list[Pending]:
         if self._layout.recomputed:
