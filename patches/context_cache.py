@@ -13,17 +13,15 @@ from typing import Any
 from sglang_apb.patches import insides
 from sglang_apb.patches.unit_cache import unit_cache
 
-from sglang_apb import options
-
-NAME = options.CONTEXT_CACHE
+from sglang_apb.options import CONTEXT_CACHE
 
 
 def register() -> None:
     """Once a process."""
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
 
-    if NAME not in registered_radix_cache_backends():
-        register_radix_cache_backend(NAME, _create)
+    if CONTEXT_CACHE not in registered_radix_cache_backends():
+        register_radix_cache_backend(CONTEXT_CACHE, _create)
 
 
 def keeps_contexts(scheduler: Any) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from sglang_apb import options
 from sglang_apb.layout import Span
 from sglang_apb.options import PluginOptions
 from sglang_apb.requests import MARK, PARAMETER, Notes, Prompt
-from sglang_apb.transfer.protocol.config import BACKEND
 
 # ---- options -------------------------------------------------------------------------------------
 
@@ -56,8 +56,7 @@ def may_have_our_cache(server_args: Any) -> bool:
 
 def ships_own_pages(server_args: Any) -> bool:
     """Whether this is a prefill server over our transfer, each rank of which sends pages of its own."""
-    options = resolved(server_args)
-    return bool(options.disaggregation_mode == "prefill" and options.disaggregation_transfer_backend == BACKEND)
+    return options.ships_own_pages(resolved(server_args))
 
 
 def keeps_parts(server_args: Any) -> bool:

@@ -6,8 +6,8 @@ rounds others get a turn. SGLang's chunked prefill carries it from round to roun
     round -> decodes, one step -> other prompts, up to so many tokens -> round -> ...
 
 Other prompts are those that fit whole into what is left of their turn, and into a chunk of SGLang's where they are
-exact; what does not fit waits, in its order. While a
-prompt is between its rounds the slots that it will need are kept for it.
+exact; what does not fit waits, in its order. While a prompt is between its rounds the slots that it will need are kept
+for it.
 Official point: `get_prefill_adder_class` is SGLang's own override point. Options tried: `--schedule-policy
 shortest-prefill-first` puts others into the long prompt's batch and lets it starve, `--prefill-decode-interval` does
 nothing on a prefill server.

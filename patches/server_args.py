@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sglang_apb.patches import context_cache, insides
+from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch, PatchError
 
 from sglang_apb import installing
@@ -50,7 +50,7 @@ def _take_ranks(server_args: Any, previous: Step) -> None:
     with _ending_in_one_line():
         options_module.check_front(server_args, options, is_rust=envs.SGLANG_RUST_SERVER.get())
     if options.is_set and insides.may_have_our_cache(server_args):
-        declare_resolution(server_args, "sglang-apb", radix_cache_backend=context_cache.NAME)
+        declare_resolution(server_args, "sglang-apb", radix_cache_backend=options_module.CONTEXT_CACHE)
     if sp_size > 1:
         with _ending_in_one_line():
             options_module.check_parallel_sizes(server_args, sp_size)

@@ -77,13 +77,15 @@ def unit_cache(base: Any) -> Any:
             return self.path_device_indices(req.last_node)  # type: ignore[no-any-return]
 
         def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-            own = insides.notes_of(req).own_slots
+            own, context_end = insides.notes_of(req).own_slots, insides.notes_of(req).context_end
             if own is None:
                 super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
                 return
-            key, num_known = self._key(req, own, up_to), own.num_before(req.kv.cache_protected_len)
-            if self.disable or len(key) <= num_known:
+            # Asked again and again while a prompt is between its rounds.
+            num_new = 0 if context_end is None else min(up_to, context_end) - req.kv.cache_protected_len
+            if self.disable or num_new < own.unit:
                 return
+            key, num_known = self._key(req, own, up_to), own.num_before(req.kv.cache_protected_len)
             if not req.finished() and self.tree_core.match_full_device_prefix(key)[0] > num_known:
                 return  # the tree would free pages that decode may be reading (context_cache.py)
             self._insert(req, own, key, num_known)
@@ -103,8 +105,9 @@ def unit_cache(base: Any) -> Any:
                 )
             )
             kept = self.path_device_indices(found.last_device_node).to(torch.int32)
-            places = own.slots_of(Span(0, end)).to(kept.device)
-            self.req_to_token_pool.write((req.kv.req_pool_idx, slice(0, end)), kept[places])
+            new = Span(req.kv.cache_protected_len, end)
+            places = own.slots_of(new).to(kept.device)
+            self.req_to_token_pool.write((req.kv.req_pool_idx, slice(new.start, new.end)), kept[places])
             self.unlock(req.lock)
             req.lock = self.lock(found.last_device_node)
             req.last_node, req.kv.cache_protected_len = found.last_device_node, end

@@ -39,10 +39,7 @@ def largest_prompt(backend: PrefillBackend, space: Space) -> int:
     low, high = 0, max(space.num_slots, 1)
     while _prompt_fits(backend, high, space):
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _prompt_fits(backend, middle, space) else (low, middle)
-    return low
+    return _largest(lambda num_tokens: _prompt_fits(backend, num_tokens, space), low, high)
 
 
 def _prompt_fits(backend: PrefillBackend, num_tokens: int, space: Space) -> bool:
@@ -61,11 +58,16 @@ def pool_bytes(free_bytes: int, kv_bytes: int, activation_bytes: Callable[[int],
 
     kv_bytes: of one token. activation_bytes: of the longest prompt that a pool of so many tokens takes.
     """
-    low, high = 0, max(free_bytes, 0) // kv_bytes + 1
+
+    def fits(num_tokens: int) -> bool:
+        return num_tokens * kv_bytes + activation_bytes(num_tokens) <= free_bytes
+
+    return _largest(fits, 0, max(free_bytes, 0) // kv_bytes + 1) * kv_bytes
+
+
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number from `low` on that fits; `high` does not."""
     while high - low > 1:
         middle = (low + high) // 2
-        if middle * kv_bytes + activation_bytes(middle) <= free_bytes:
-            low = middle
-        else:
-            high = middle
-    return low * kv_bytes
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -187,6 +187,11 @@ def uses_transfer(server_args: Any) -> bool:
     return server_args.disaggregation_transfer_backend == BACKEND and server_args.disaggregation_mode != "null"
 
 
+def ships_own_pages(server_args: Any) -> bool:
+    """Whether this is a prefill server over our transfer, each rank of which sends pages of its own."""
+    return uses_transfer(server_args) and server_args.disaggregation_mode == "prefill"
+
+
 def check_front(server_args: Any, options: PluginOptions, *, is_rust: bool) -> None:
     """Refuses, before SGLang resolves its options, its HTTP server in Rust: no hook of ours runs there.
 
@@ -227,7 +232,7 @@ def check_server_args(server_args: Any, model_config: Any, options: PluginOption
 
 def _check_cache(server_args: Any, options: PluginOptions) -> None:
     """Where ranks keep their own blocks, our radix cache alone knows what the slots of a prompt hold."""
-    keeps_parts = server_args.disaggregation_mode == "prefill" and uses_transfer(server_args) and options.sp_size > 1
+    keeps_parts = options.sp_size > 1 and ships_own_pages(server_args)
     if keeps_parts and server_args.radix_cache_backend != CONTEXT_CACHE:
         given = server_args.radix_cache_backend
         option = f"--radix-cache-backend {given}" if given else "--enable-unified-cache-external-linker"

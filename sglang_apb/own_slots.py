@@ -70,12 +70,10 @@ class OwnSlots:
     def slots_of(self, tokens: Span) -> torch.Tensor:
         """Number of each token's slot among the prompt's, int64 [num_tokens]."""
         found = []
-        for unit, first in zip(self.units, self._first_slots, strict=False):
-            for block in unit:
-                part = block.within(tokens)
-                found.append(torch.arange(part.start, part.end) - block.start + first)
-        part = self.question.within(tokens)
-        found.append(torch.arange(part.start, part.end) - self.question.start + self._first_slots[-1])
+        for spans, first in zip((*self.units, (self.question,)), self._first_slots, strict=True):
+            for span in spans:
+                if len(part := span.within(tokens)):
+                    found.append(torch.arange(part.start, part.end) - span.start + first)
         return torch.cat(found)
 
     def holders_of(self, tokens: Span) -> torch.Tensor:

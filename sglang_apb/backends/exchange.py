@@ -42,9 +42,9 @@ class Exchange:
         computed = layout.computed_blocks
         chosen = Span(computed.start if self._is_later else 0, computed.end)
         num_passing = {block: layout.num_passing(block) for block in range(chosen.start, chosen.end)}
-        self.bound = PassingBound(layout, chosen, kernels, device)
         self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
         self._num_before = layout.num_shared_keys(chosen.start) if self._is_later else self._num_anchor
+        self.bound = PassingBound(layout, chosen, self._num_anchor, self._num_before, kernels, device)
         # How many passing tokens each rank hands on.
         self._num_selected = [
             sum(num_passing.get(block, 0) for block in layout.blocks_of(rank)) for rank in range(group.size)

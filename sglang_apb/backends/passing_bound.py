@@ -23,17 +23,26 @@ from sglang_apb.layout import BOUND_EVERY, Layout, Span
 class PassingBound:
     """Of one round of a prompt; used by all layers in turn.
 
-    chosen: numbers of the blocks whose passing tokens are chosen in it. What blocks before them handed on is there.
+    chosen: numbers of the blocks whose passing tokens are chosen in it. num_anchor, num_before: how many keys of the
+    anchor there are, and with what blocks before those handed on.
     """
 
-    def __init__(self, layout: Layout, chosen: Span, kernels: Kernels, device: torch.device | str) -> None:
-        self._kernels = kernels
-        self._num_anchor = layout.num_anchor_keys(layout.num_blocks - 1)
+    def __init__(
+        self,
+        layout: Layout,
+        chosen: Span,
+        num_anchor: int,
+        num_before: int,
+        kernels: Kernels,
+        device: torch.device | str,
+    ) -> None:
+        self._kernels, self._num_anchor = kernels, num_anchor
         first = layout.first_bounded_period
         bounded = [] if first is None else range(first, len(layout.num_staying))
         periods = [period for period in bounded if chosen.start < period * BOUND_EVERY <= chosen.end]
         self._borders = [period * BOUND_EVERY for period in periods]
-        self._counts_later = not layout.is_last_round and any(p * BOUND_EVERY > chosen.end for p in bounded)
+        # Passing tokens are compared, in this round or in a later one.
+        self.needs_scores = any(chosen.start < period * BOUND_EVERY for period in bounded)
         # Of the round's passing tokens, those of the blocks behind each border, up to the next.
         self._own = [
             Span(_num_passing(layout, chosen.start, start), _num_passing(layout, chosen.start, end))
@@ -41,17 +50,11 @@ class PassingBound:
         ]
         # Made here, and not at the first layer: a copy to the GPU would wait for what that has launched.
         self._candidates: list[Candidates] = []
-        num_before = layout.num_shared_keys(chosen.start) - self._num_anchor if chosen.start else 0
-        self._num_first = num_before + (self._own[0].start if self._own else 0)
+        self._num_first = num_before - num_anchor + (self._own[0].start if self._own else 0)
         among = self._num_first
         for period, own in zip(periods, self._own, strict=True):
             self._candidates.append(Candidates.of([Span(0, among)], [layout.num_staying[period]], device))
             among = layout.num_staying[period] + len(own)
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether passing tokens are compared, in this round or in a later one."""
-        return bool(self._borders) or self._counts_later
 
     def buffer_of(self, block: int) -> int:
         """Which of `buffers` the block's rows see a prefix of."""
