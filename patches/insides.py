@@ -177,6 +177,16 @@ def no_logits(model_runner: Any, num_requests: int) -> Any:
     return LogitsProcessorOutput(torch.zeros(shape, device=model_runner.device))
 
 
+def publish_reads_done(model_runner: Any) -> None:
+    """The layers to come read nothing that SGLang writes for the next batch: it may prepare that one meanwhile."""
+    from sglang.srt.layers.attention.base_attn_backend import SharedReadEnds
+    from sglang.srt.model_executor.runner_utils.shared_read_event import maybe_publish_prefill_shared_read_done
+
+    device = torch.device(model_runner.device)
+    if device.type == "cuda":
+        maybe_publish_prefill_shared_read_done(model_runner, SharedReadEnds.PRE_REPLAY, torch.get_device_module(device))
+
+
 def take_namespace(req: Any, name: str) -> None:
     """SGLang's prefix cache keeps apart what has another `extra_key`: of requests whose clients gave the same one, the
     request finds those that took the same `name`.

@@ -149,6 +149,7 @@ class SparsePrefill:
         if num_ranks > 1 and not _all_have(run) and run is not None:
             insides.discard(self.req, "Another prefill rank could not prepare the prompt; its log says why.")
             run = None
+        insides.publish_reads_done(self.model_runner)
         with as_one_rank():
             logits = None if run is None else self._try(run)
         return insides.no_logits(self.model_runner, num_requests=1) if logits is None else logits

@@ -169,7 +169,7 @@ def test_every_contestant_is_scored(
     output = capsys.readouterr().out
     assert re.search(r"\| 256 tokens \| +exact \| +apb \| apb - exact +\|", output)
     assert re.search(r"\| needle +\| +0.0 \| +100.0 \| +\+100.0 ± 0.0 \|", output)
-    assert re.search(r"\| apb +\| +512 \| +3 \| +31% \|", output)
+    assert re.search(r"\| apb +\| +512 \| +3 \| +0% \| +31% \|", output)
     result = json.loads((tmp_path / "result.json").read_text())
     means = {(row["contestant"], row["length"]): row["mean"] for row in result["scores"] if row["task"] is None}
     assert means == {(name, n): points for name, points in (("exact", 0), ("apb", 100)) for n in (256, 512, None)}
@@ -199,6 +199,21 @@ def test_a_run_goes_on_where_it_was_broken_off(
     assert len(asked) == 7 and asked[3] == asked[4] and len(set(asked)) == 6
     assert run("--url", url) == 0, "all is answered, nobody is asked"
     assert len(asked) == 7
+
+
+def test_asked_twice_the_second_answer_counts(run: Callable[..., int], tmp_path: Path, openai_server: Start) -> None:
+    asked: list[str] = []
+
+    def learns(body: dict[str, Any]) -> str:
+        asked.append(body["prompt"])
+        return reads(body) if asked.count(body["prompt"]) == 2 else " no"
+
+    url = f"apb={openai_server(learns)}"
+    assert run("--url", url, "--twice", "--at-once", "1") == 0
+    assert len(asked) == 12 and asked[::2] == asked[1::2]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert {row["mean"] for row in result["scores"]} == {100}
+    assert run("--url", url) == 1, "answers of another kind are not mixed with these"
 
 
 @pytest.mark.parametrize(("servers_per_gpu", "gpus"), [(1, [[0, 2], [0, 2], [0]]), (2, [[0, 0, 2, 2], [0]])], ids=str)

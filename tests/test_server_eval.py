@@ -21,12 +21,24 @@ def texts(path: Path) -> list[str]:
 
 
 def test_ruler_of_two_tasks(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Blocks that are handed on whole give exact attention's answers."""
+    """Blocks that are handed on whole give exact attention's answers, found in the prefix cache or not."""
     whole = {"min_tokens": 0, "question_tokens": 64, "block": 240, "passing": "all"}
     options = ["--tasks", "niah_single_1,vt", "--lengths", "1024", "--num-samples", "2", "--at-once", "2"]
-    options += ["--config", f"whole={json.dumps(whole)}", "--output", str(tmp_path), "--port", str(next_port())]
+    options += [
+        "--twice",
+        "--config",
+        f"whole={json.dumps(whole)}",
+        "--output",
+        str(tmp_path),
+        "--port",
+        str(next_port()),
+    ]
     assert cli.main(["eval", "ruler", "--model", str(smollm2), *options, "--", *FLOAT32]) == 0
     print(capsys.readouterr().out)
+    found = [
+        json.loads(line)["num_cached"] for line in (tmp_path / "answers" / "whole.jsonl").read_text().splitlines()[1:]
+    ]
+    assert min(found) > 600, "the second time the context is there"
     answers = {name: texts(tmp_path / "answers" / f"{name}.jsonl") for name in ("exact", "whole")}
     assert len(answers["exact"]) == 4
     assert (tmp_path / "answers" / "whole.jsonl").read_text().count('"method": "apb"') == 4

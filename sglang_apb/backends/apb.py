@@ -152,7 +152,8 @@ class ApbBackend(PrefillBackend):
         if plan.num_cached == 0:
             return forward_batch.out_cache_loc  # type: ignore[no-any-return]
         row = self._runner.req_to_token_pool.req_to_token[forward_batch.req_pool_indices[0]]
-        return row[: plan.round_end or plan.num_tokens].to(torch.int64)  # type: ignore[no-any-return]
+        # A copy: SGLang may write the next batch's there while the GPU runs this one's layers.
+        return row[: plan.round_end or plan.num_tokens].to(torch.int64, copy=True)  # type: ignore[no-any-return]
 
     def _prefill(self, forward_batch: Any, sparse: SparseAttention, cache: KvCache, handed_on: HandedOn) -> Any:
         hidden = self._run_layers(forward_batch, sparse, cache)

@@ -10,6 +10,7 @@ HELP = "measure how fast this is, against plain SGLang on the same machine"
 KINDS = {
     "ttft": "sglang_apb.commands.bench.ttft",
     "reuse": "sglang_apb.commands.bench.reuse",
+    "mixed": "sglang_apb.commands.bench.mixed",
     "kernels": "sglang_apb.commands.bench.kernels",
     "layer": "sglang_apb.commands.bench.layer",
     "transfer": "sglang_apb.commands.bench.transfer",

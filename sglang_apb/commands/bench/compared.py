@@ -79,15 +79,22 @@ def model_of(args: argparse.Namespace) -> Iterator[str]:
         yield folder
 
 
-def plans_of(args: argparse.Namespace, *, prefill_only: bool = False) -> list[ServerPlan]:
-    """Raises CommandError when a port is taken."""
+def plans_of(
+    args: argparse.Namespace,
+    *,
+    prefill_only: bool = False,
+    plain_options: Mapping[str, Sequence[str]] | None = None,
+    more: Sequence[str] = (),
+) -> list[ServerPlan]:
+    """`plain_options` as in `plan_servers`; `more` goes to all. Raises CommandError when a port is taken."""
     plans = plan_servers(
         args.backends,
         gpus=args.gpus,
         dummy_weights=args.shape is not None,
         config_text=args.prefill_backend_config,
         bootstrap_port=args.port + _PORTS * len(args.backends) + 2 if prefill_only else None,
-        extra=args.server_args,
+        plain_options=plain_options,
+        extra=[*more, *args.server_args],
     )
     check_ports({f"{plan.name} server": args.port + _PORTS * index for index, plan in enumerate(plans)})
     return plans

@@ -1,10 +1,10 @@
-"""The servers that `bench ttft` compares: one of plain SGLang for each way that it has, and APB's."""
+"""The servers that kinds of bench compare: one of plain SGLang for each way that it has, and APB's."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_apb.commands.bench import plain
@@ -44,16 +44,23 @@ def plan_servers(
     dummy_weights: bool = False,
     config_text: str | None = None,
     bootstrap_port: int | None = None,
+    plain_options: Mapping[str, Sequence[str]] | None = None,
     extra: Sequence[str] = (),
 ) -> list[ServerPlan]:
     """Plain SGLang in each of `backends`' ways (plain.py), then APB, each on `gpus` GPUs (ranks on a CPU).
+
+    `plain_options`: of plain servers, by what is appended to a way's name; each way with each of them.
 
     APB's server runs short prompts and decode with the first one's attention; with a `bootstrap_port` it is the prefill
     server of a pair, whose ranks keep what they own. `extra` goes to all, last.
     """
     common = [*common_arguments(dummy_weights), *extra]
-    room = _PLAIN_GPU if num_gpus() else ()
-    plans = [ServerPlan(backend, (*plain.parallel_arguments(backend, gpus), *room, *common)) for backend in backends]
+    options = plain_options or {"": _PLAIN_GPU if num_gpus() else ()}
+    plans = [
+        ServerPlan(backend + suffix, (*plain.parallel_arguments(backend, gpus), *arguments, *common))
+        for backend in backends
+        for suffix, arguments in options.items()
+    ]
     apb = ["--prefill-backend", "apb", "--sp-size", str(gpus)]
     apb += ["--prefill-backend-config", config_text] if config_text else []
     apb += ["--attention-backend", plain.attention_backend(backends[0])] if backends else []

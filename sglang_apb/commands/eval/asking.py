@@ -21,16 +21,25 @@ REQUEST_TIMEOUT_S = 1800.0
 
 
 def ask_all(
-    name: str, url: str, questions: Sequence[Question], answers: AnswerFile, *, at_once: int, stop: threading.Event
+    name: str,
+    url: str,
+    questions: Sequence[Question],
+    answers: AnswerFile,
+    *,
+    at_once: int,
+    stop: threading.Event,
+    twice: bool = False,
 ) -> None:
-    """Until every question is answered, `at_once` at a time, or `stop` is set. Raises CommandError at the first that
-    cannot be answered, and stops; answers until then are kept.
+    """Until every question is answered, `at_once` at a time, or `stop` is set; asked `twice`, the second answer counts.
+    Raises CommandError at the first that cannot be answered, and stops; answers until then are kept.
     """
 
     def ask_unless_stopped(question: Question) -> None:
         if stop.is_set():
             return
         try:
+            if twice:
+                ask(url, question)
             answers.add(ask(url, question))
         except BaseException:
             stop.set()
@@ -76,6 +85,7 @@ def ask(url: str, question: Question) -> Answer:
         num_tokens=usage["prompt_tokens"],
         first_token_s=round(first_token_s or time.perf_counter() - started, 4),
         prefill=next(filter(None, map(prefill_report, reversed(chunks))), {}),
+        num_cached=(usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0),
     )
 
 

@@ -87,17 +87,21 @@ def _ask_missing(
         for wave in waves:
             for _, url in wave:
                 check_length(url, max(args.lengths))
-            _ask_wave(wave, questions, files, args.at_once)
+            _ask_wave(wave, questions, files, args)
 
 
 def _ask_wave(
-    wave: Sequence[tuple[Contestant, str]], questions: Sequence[Question], files: Mapping[str, AnswerFile], at_once: int
+    wave: Sequence[tuple[Contestant, str]],
+    questions: Sequence[Question],
+    files: Mapping[str, AnswerFile],
+    args: argparse.Namespace,
 ) -> None:
     stop = threading.Event()
 
     def ask_missing(contestant: Contestant, url: str) -> None:
         file = files[contestant.name]
-        ask_all(contestant.name, url, file.missing(questions), file, at_once=at_once, stop=stop)
+        missing = file.missing(questions)
+        ask_all(contestant.name, url, missing, file, at_once=args.at_once, stop=stop, twice=args.twice)
 
     pool = ThreadPoolExecutor(len(wave))
     try:

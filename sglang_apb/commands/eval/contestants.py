@@ -38,13 +38,14 @@ class Contestant:
 
     def made_with(self, args: argparse.Namespace) -> dict[str, Any]:
         """What its answers depend on. Raises CommandError when a server does not say."""
+        twice = {"twice": True} if args.twice else {}
         if self.url is not None:
-            return {"url": self.url, "model": request("GET", f"{self.url}/model_info").get("model_path")}
+            return {"url": self.url, "model": request("GET", f"{self.url}/model_info").get("model_path")} | twice
         versions = {name: version(name) for name in ("sglang", "sglang-apb")}
         path = Path(args.model)
         model = {"model": str(path.resolve()) if path.exists() else args.model, "server_args": args.server_args}
         ours = {} if self.config is None else {"config": self.config, "sp_size": args.sp_size}
-        return model | ours | versions
+        return model | ours | versions | twice
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, name: str) -> None:
@@ -73,6 +74,12 @@ def add_server_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         default=1,
         help="servers started here that share a GPU, for small models; say after -- what each may hold "
         "(--max-total-tokens). Their times say little then",
+    )
+    parser.add_argument(
+        "--twice",
+        action="store_true",
+        help="every prompt twice in a row; the second answer counts, for which the prompt is found in the prefix cache "
+        "(else it is off)",
     )
     parser.add_argument("--port", type=count, default=30100, help="of the first server started here; each takes two")
     parser.add_argument(
@@ -131,7 +138,7 @@ def running(
                 servers.append((contestant, _server(contestant, args, log_dir, gpu, first + place)))
             for contestant, server in servers:
                 log = log_dir / contestant.name
-                print(f"starting the {contestant.name} server, its prefix cache off, log in {log}", flush=True)
+                print(f"starting the {contestant.name} server, log in {log}", flush=True)
                 stack.enter_context(server)
             for _, server in servers:
                 server.wait_ready()
@@ -148,9 +155,10 @@ def _gpus_of(server_args: Sequence[str]) -> int:
 def _server(contestant: Contestant, args: argparse.Namespace, log_dir: Path, gpu: int, number: int) -> LocalServer:
     """From GPU `gpu` on, and on ports of its own: those of a server that has just ended may still be closing.
 
-    Without SGLang's prefix cache: prompts of a task begin alike, and times would be those of their ends.
+    Without SGLang's prefix cache unless it is to be tried: prompts of a task begin alike, and times would be those of
+    their ends.
     """
-    arguments = ["--disable-radix-cache", *args.server_args]
+    arguments = ["--enable-cache-report" if args.twice else "--disable-radix-cache", *args.server_args]
     if contestant.config is not None:
         arguments += ["--prefill-backend", "apb", "--sp-size", str(args.sp_size)]
         arguments += ["--prefill-backend-config", contestant.config]

@@ -42,8 +42,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """`num_tokens` of the prompt; `first_token_s` from the request on; `prefill` as `prefill_report` gives it; `more`
-    is the benchmark's.
+    """`num_tokens` of the prompt, of which `num_cached` were found in the prefix cache, where servers report it;
+    `first_token_s` from the request on; `prefill` as `prefill_report` gives it; `more` is the benchmark's.
     """
 
     key: str
@@ -53,6 +53,7 @@ class Answer:
     first_token_s: float
     prefill: dict[str, Any]
     more: dict[str, Any] = field(default_factory=dict)
+    num_cached: int = 0
 
 
 class AnswerFile:

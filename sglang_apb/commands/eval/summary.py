@@ -77,10 +77,14 @@ class Summary:
             [row["contestant"], f"{row['length']:,}", str(row["num_answers"]), *_cost_cells(row)]
             for row in self.costs()
         ]
-        return markdown(["contestant", "tokens", "answers", "of exact attention", "to the first token, median"], rows)
+        return markdown(
+            ["contestant", "tokens", "answers", "found", "of exact attention", "to the first token, median"], rows
+        )
 
     def costs(self) -> list[dict[str, Any]]:
-        """Of each contestant and length: share of exact attention's work, and median seconds to the first token."""
+        """Of each contestant and length: share of the tokens found, of exact attention's work, and median seconds to
+        the first token.
+        """
         rows = []
         for name in self.contestants:
             for length in self.lengths:
@@ -92,6 +96,7 @@ class Summary:
                             "contestant": name,
                             "length": length,
                             "num_answers": len(answers),
+                            "cached_share": round(statistics.fmean(a.num_cached / a.num_tokens for a in answers), 4),
                             "attention_share": round(statistics.fmean(shares), 4),
                             "first_token_s": round(statistics.median(answer.first_token_s for answer in answers), 4),
                         }
@@ -129,4 +134,4 @@ def _text(value: object) -> str:
 
 
 def _cost_cells(row: Mapping[str, Any]) -> list[str]:
-    return [f"{row['attention_share']:.0%}", f"{row['first_token_s']:.2f} s"]
+    return [f"{row['cached_share']:.0%}", f"{row['attention_share']:.0%}", f"{row['first_token_s']:.2f} s"]
