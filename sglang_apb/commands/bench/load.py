@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import aiohttp
 
@@ -95,7 +96,7 @@ class Load:
                 tasks.create_task(self.ask(kind, prompts(number)))
 
 
-async def at_most(seconds: float, work: Awaitable[None]) -> None:
+async def at_most(seconds: float, work: Awaitable[Any]) -> None:
     """`work`, which is left when it takes longer."""
     with suppress(TimeoutError):
         await asyncio.wait_for(work, seconds)
