@@ -9,6 +9,7 @@ which nothing can be added. Ours are an attribute beside them: it travels to the
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from typing import Any
 from sglang_apb.patches import insides
 from sglang_apb.patches._patch import Patch, PatchError
 
-from sglang_apb import installing
+from sglang_apb import host_group, installing
 from sglang_apb import options as options_module
 from sglang_apb.options import PluginOptions
 from sglang_apb.settings import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {
     "prefill_backend": "backend",
@@ -55,9 +58,18 @@ def _take_ranks(server_args: Any, previous: Step) -> None:
         with _ending_in_one_line():
             options_module.check_parallel_sizes(server_args, sp_size)
         declare_resolution(server_args, "sglang-apb", tp_size=sp_size, attn_cp_size=sp_size)
+        _take_hosts(server_args, sp_size)
         # Ranks that drew different tokens would wait for each other for ever: SGLang can compare them at each step.
         os.environ["SYNC_TOKEN_IDS_ACROSS_TP"] = "1"
     previous(server_args)
+
+
+def _take_hosts(server_args: Any, sp_size: int) -> None:
+    """Ranks over several hosts speak by the network that leads to the first of them."""
+    with _ending_in_one_line():
+        first = options_module.check_hosts(server_args, sp_size)
+        if first is not None and (chosen := host_group.use_route(host_group.route_to(first), os.environ)):
+            logger.info("hosts speak with each other by %s", ", ".join(chosen))
 
 
 def _check_and_install(server_args: Any, previous: Step) -> None:
@@ -90,7 +102,7 @@ def _from_cli_args(original: Any, cls: type, args: argparse.Namespace) -> Any:
 def _ending_in_one_line() -> Iterator[None]:
     try:
         yield
-    except (options_module.OptionError, ConfigError, PatchError) as error:
+    except (options_module.OptionError, host_group.HostGroupError, ConfigError, PatchError) as error:
         print(f"sglang: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -23,6 +23,7 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         answer_metadata,
         body_errors,
         context_cache,
+        host_watch,
         insides,
         kv_ownership,
         model_parallel,
@@ -53,6 +54,8 @@ def _wanted_patches(server_args: Any) -> list[Any]:
         wanted += (*prompt_memory.PATCHES, *row_chunks.PATCHES)
     if options.sp_size > 1:
         wanted += model_parallel.PATCHES
+        if server_args.nnodes > 1:
+            wanted += host_watch.PATCHES
     if our_transfer:
         wanted += (*transfer_backend.PATCHES, *pd_prompt.PATCHES, *pd_refusal.PATCHES)
         if server_args.disaggregation_mode == "prefill":

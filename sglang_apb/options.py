@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_apb import attention, backends, config, settings
+from sglang_apb.host_group import FirstHost, is_loopback
 from sglang_apb.transfer.protocol import hosts, keys
 from sglang_apb.transfer.protocol.config import BACKEND, TransferConfig
 from sglang_apb.transfer.protocol.config import OPTION as TRANSFER_OPTION
@@ -51,7 +52,6 @@ _REFUSED_FIELDS: dict[str, tuple[tuple[Any, ...], str, str]] = {
         "it keeps room in a long prompt's batch for short ones, and a sparse prompt runs in a batch of its own",
     ),
     **_NO_PLUGINS,
-    "nnodes": ((1,), "--nnodes", "ranks must share a machine for now"),
 }
 # The same for our KV transfer, with or without a prefill backend.
 _REFUSED_WITH_TRANSFER: dict[str, tuple[tuple[Any, ...], str, str]] = {
@@ -212,6 +212,31 @@ def check_parallel_sizes(server_args: Any, sp_size: int) -> None:
             )
 
 
+def check_hosts(server_args: Any, sp_size: int) -> FirstHost | None:
+    """Refuses, before SGLang resolves its options, hosts that cannot share the ranks. Gives the first of them; None
+    where there is only one. Raises OptionError, HostGroupError.
+    """
+    num_hosts, number = server_args.nnodes, server_args.node_rank
+    if num_hosts == 1:
+        return None
+    if sp_size % num_hosts:
+        raise OptionError(
+            f"--sp-size {sp_size} cannot be shared out over --nnodes {num_hosts}: give each host as many ranks, "
+            f"for example --sp-size {num_hosts * max(round(sp_size / num_hosts), 1)}"
+        )
+    if not 0 <= number < num_hosts:
+        raise OptionError(f"--node-rank {number} must be 0 to {num_hosts - 1}, another one on each of the hosts")
+    if server_args.dist_init_addr is None:
+        raise OptionError(f"--nnodes {num_hosts} needs --dist-init-addr HOST:PORT, the first host's, the same on all")
+    first = FirstHost.parse(server_args.dist_init_addr)
+    if uses_transfer(server_args) and is_loopback(server_args.host) and not is_loopback(first.host):
+        raise OptionError(
+            f"--host {server_args.host} listens to this host alone, and ranks of other hosts register at "
+            f"{first.host}: give --host an address of this host's"
+        )
+    return first
+
+
 def check_server_args(server_args: Any, model_config: Any, options: PluginOptions) -> None:
     """Refuses, after SGLang resolved them, options that would silently disable or break the layout.
 
@@ -301,10 +326,12 @@ def _check_gpus(server_args: Any, options: PluginOptions) -> None:
         return
     import torch
 
-    num_gpus = torch.cuda.device_count()
-    needed = server_args.base_gpu_id + options.sp_size * server_args.gpu_id_step
+    num_gpus, num_hosts = torch.cuda.device_count(), server_args.nnodes
+    num_ranks = options.sp_size // num_hosts
+    needed = server_args.base_gpu_id + num_ranks * server_args.gpu_id_step
     if needed > num_gpus:
+        most = max(num_gpus - server_args.base_gpu_id, 1) * num_hosts
         raise OptionError(
-            f"--sp-size {options.sp_size} needs {options.sp_size} GPUs from number {server_args.base_gpu_id} on, and "
-            f"this machine has {num_gpus}: use --sp-size {max(num_gpus - server_args.base_gpu_id, 1)} or less"
+            f"--sp-size {options.sp_size} needs {num_ranks} GPUs of each host from number {server_args.base_gpu_id} "
+            f"on, and this one has {num_gpus}: use --sp-size {most} or less"
         )

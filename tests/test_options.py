@@ -263,9 +263,39 @@ def test_more_ranks_than_gpus_is_refused_with_the_number_that_fits(monkeypatch: 
     from sglang_apb import options
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    server_args = SimpleNamespace(device="cuda", base_gpu_id=0, gpu_id_step=1)
-    with pytest.raises(options.OptionError, match=r"--sp-size 4 needs 4 GPUs.*this machine has 2: use --sp-size 2"):
+    server_args = SimpleNamespace(device="cuda", base_gpu_id=0, gpu_id_step=1, nnodes=1)
+    with pytest.raises(options.OptionError, match=r"--sp-size 4 needs 4 GPUs.*this one has 2: use --sp-size 2"):
         options._check_gpus(server_args, options.PluginOptions("apb", 4))
+    server_args.nnodes = 2
+    options._check_gpus(server_args, options.PluginOptions("apb", 4))
+    server_args.base_gpu_id = 1
+    with pytest.raises(options.OptionError, match=r"needs 2 GPUs of each host from number 1 on.*use --sp-size 2"):
+        options._check_gpus(server_args, options.PluginOptions("apb", 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"nnodes": 2}, "--sp-size 3 cannot be shared out over --nnodes 2: .* for example --sp-size 4"),
+        ({"node_rank": 3}, "--node-rank 3 must be 0 to 2"),
+        ({"dist_init_addr": None}, "--nnodes 3 needs --dist-init-addr HOST:PORT"),
+        ({"dist_init_addr": "h1"}, "--dist-init-addr h1 must be HOST:PORT of the first host"),
+        ({"host": "127.0.0.1"}, "--host 127.0.0.1 listens to this host alone, and ranks of other hosts register at h1"),
+    ],
+    ids=str,
+)
+def test_hosts_that_cannot_share_the_ranks_are_refused(given: dict[str, Any], sentence: str) -> None:
+    from types import SimpleNamespace
+
+    from sglang_apb import options
+    from sglang_apb.host_group import FirstHost, HostGroupError
+
+    fields = {"nnodes": 3, "node_rank": 2, "dist_init_addr": "h1:25000", "host": "10.0.0.3"}
+    fields |= {"disaggregation_transfer_backend": "zmq", "disaggregation_mode": "prefill"}
+    assert options.check_hosts(SimpleNamespace(**fields), 3) == FirstHost("h1", 25000)
+    assert options.check_hosts(SimpleNamespace(**fields | {"nnodes": 1, "dist_init_addr": None}), 3) is None
+    with pytest.raises((options.OptionError, HostGroupError), match=sentence):
+        options.check_hosts(SimpleNamespace(**fields | given), 3)
 
 
 ANOTHER_SGLANG = """

@@ -1,0 +1,118 @@
+"""Ranks over several hosts, which are namespaces here: answers, and what becomes of everybody when one is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import host_namespaces
+import pytest
+import requests
+from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
+from conftest import FLOAT32, PLAIN_LENGTHS, Plain, thorough
+from host_namespaces import Hosts
+from transfer_peers import wait_for
+
+from sglang_apb.commands.polling import is_up
+from sglang_apb.commands.processes import ProcessGroup
+from sglang_apb.commands.servers import LocalService
+
+WHY_NOT = host_namespaces.why_not_here()
+pytestmark = [pytest.mark.server, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+PORT, BOOTSTRAP, ROUTER, RANKS = 30000, 30001, 30002, 25000
+UNENCRYPTED = ("--kv-transfer-config", '{"allow_unencrypted": true}')
+TRANSFER = ("--disaggregation-transfer-backend", "zmq", *UNENCRYPTED)
+PREFILL = (*TRANSFER, "--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(BOOTSTRAP))
+
+
+def server_on(hosts: Hosts, number: int, model: Path, log_dir: Path, *arguments: str) -> ProcessGroup:
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *FLOAT32]
+    command += ["--host", hosts.addresses[number], "--port", str(PORT), *arguments]
+    environment = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+    return ProcessGroup(f"host {number}", hosts.command(number, command), log_dir / f"host-{number}.log", environment)
+
+
+def group_over(hosts: Hosts, num_hosts: int, model: Path, log_dir: Path, *arguments: str) -> list[ProcessGroup]:
+    """One server with a rank on each of the first hosts."""
+    first = f"{hosts.addresses[0]}:{RANKS}"
+    ranks = ["--prefill-backend", "apb", "--sp-size", str(num_hosts), "--prefill-backend-config", ALL_PASSED]
+    ranks += ["--nnodes", str(num_hosts), "--dist-init-addr", first, *arguments]
+    return [server_on(hosts, number, model, log_dir, *ranks, "--node-rank", str(number)) for number in range(num_hosts)]
+
+
+def pair_over(hosts: Hosts, model: Path, log_dir: Path, *prefill: str) -> LocalService:
+    """A prefill group over the first two hosts, a decode server on the third, and the router on this machine."""
+    decode_arguments = (*TRANSFER, "--disaggregation-mode", "decode")
+    urls = [f"http://{address}:{PORT}" for address in hosts.addresses]
+    route = [sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--prefill", urls[0]]
+    route += [str(BOOTSTRAP), "--decode", urls[2], "--host", "127.0.0.1", "--port", str(ROUTER)]
+    route += ["--prometheus-port", str(ROUTER + 1), "--disable-circuit-breaker", "--disable-retries"]
+    groups = [
+        *group_over(hosts, 2, model, log_dir, *PREFILL, *prefill),
+        server_on(hosts, 2, model, log_dir, *decode_arguments),
+        ProcessGroup("router", [*route, "--worker-startup-check-interval", "1"], log_dir / "router.log"),
+    ]
+    return LocalService(groups, f"http://127.0.0.1:{ROUTER}", {"router": ROUTER})
+
+
+@contextlib.contextmanager
+def started(groups: list[ProcessGroup], url: str) -> Iterator[None]:
+    service = LocalService(groups, url, {})
+    with service:
+        service._wait_until(lambda: is_up(url), "starting", 300)
+        yield
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Callable[[int], Hosts]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda num_hosts: stack.enter_context(Hosts(num_hosts, tmp_path))
+
+
+def test_a_prefill_group_over_two_hosts_equals_plain_sglang(
+    hosts: Callable[[int], Hosts], plain: Plain, log_dirs: Iterator[Path]
+) -> None:
+    """KV of each host's rank goes to decode from there: each has slots for half of the longest prompt alone."""
+    service = pair_over(hosts(3), plain.model, next(log_dirs), "--max-total-tokens", "1900")
+    with service:
+        service.wait_ready(300)
+        for length in PLAIN_LENGTHS[1:]:
+            answer = generate(service.url, plain.prompts[length])
+            assert_ran_sparse(answer, 2)
+            assert_same_tokens(answer, plain.answers[length])
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("killed", marks=thorough), pytest.param("stopped", marks=thorough), "cut off"]
+)
+def test_when_a_host_is_gone_clients_hear_why_and_the_group_ends(
+    how: str, hosts: Callable[[int], Hosts], smollm2: Path, log_dirs: Iterator[Path]
+) -> None:
+    here = hosts(2)
+    log_dir = next(log_dirs)
+    groups, url = group_over(here, 2, smollm2, log_dir), f"http://{here.addresses[0]}:{PORT}"
+    with started(groups, url), ThreadPoolExecutor(2) as clients:
+        (prompt,) = prompts(smollm2, (6000,))
+        asked = [
+            clients.submit(requests.post, f"{url}/generate", json={"input_ids": prompt, "stream": stream}, timeout=60)
+            for stream in (False, True)
+        ]
+        assert wait_for(lambda: "#new-token" in groups[0].log_tail(3), 20)
+        began = time.monotonic()
+        if how == "cut off":
+            here.cut_off(1)
+        else:
+            here.signal(1, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+        for each in asked:
+            answer = each.result(timeout=10)
+            assert "Host 1 (apb-host1) is gone: it has ended, hangs, or cannot be reached." in answer.text
+        assert time.monotonic() - began < 5
+        assert asked[0].result().status_code == 503
+        ended = [groups[0]] if how == "stopped" else groups
+        assert wait_for(lambda: all(group.exit_status is not None for group in ended), 10)
+        assert groups[0].exit_status == 1
