@@ -81,6 +81,14 @@ def is_first_rank() -> bool:
     return bool(get_parallel().tp_rank == 0)
 
 
+def rank_on_host() -> int:
+    """This rank's number among those of its server on this host."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return int(parallel.tp_rank % max(parallel.tp_size // parallel.nnodes, 1))
+
+
 def sequence_parallel_group() -> Any:
     """The ranks that share a prompt, as a torch.distributed group of the device's backend."""
     from sglang.srt.runtime_context import get_parallel

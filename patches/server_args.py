@@ -79,7 +79,7 @@ def _check_and_install(server_args: Any, previous: Step) -> None:
         if options.is_set:
             options_module.check_server_args(view, insides.model_config_of(server_args), options)
         if options_module.uses_transfer(view):
-            options_module.check_transferable(view, insides.model_config_of(server_args))
+            options_module.check_transferable(view, insides.model_config_of(server_args), options.transfer())
         options_module.check_transfer(view, options)
         installing.install(server_args)
 

@@ -161,9 +161,9 @@ def check_transfer(server_args: Any, options: PluginOptions) -> None:
         )
 
 
-def check_transferable(server_args: Any, model_config: Any) -> None:
+def check_transferable(server_args: Any, model_config: Any, transfer: TransferConfig) -> None:
     """Refuses, after SGLang resolved them, options with which our transfer does not work, where it is used, and a port
-    for its bootstrap server that is taken.
+    for its bootstrap server or its ranks that is taken.
 
     model_config: SGLang's ModelConfig. Raises OptionError with one sentence.
     """
@@ -176,6 +176,7 @@ def check_transferable(server_args: Any, model_config: Any) -> None:
         )
     if server_args.disaggregation_mode == "prefill":
         _check_bootstrap_port(server_args)
+        _check_transfer_ports(server_args, transfer.port)
     elif server_args.attn_cp_size > 1:
         raise OptionError(
             f"--attn-cp-size {server_args.attn_cp_size} on a decode server does not go with {_TRANSFER}: each of its "
@@ -295,6 +296,23 @@ def _check_bootstrap_port(server_args: Any) -> None:
         raise OptionError(f"--disaggregation-bootstrap-port {port} is --port, too: choose another for one of them")
     if why := hosts.why_not_free(server_args.host, port):
         raise OptionError(bootstrap_port_taken(port, why))
+
+
+def _check_transfer_ports(server_args: Any, first: int) -> None:
+    """A rank that cannot listen would end the server after its weights are loaded."""
+    if first == 0:
+        return
+    others = {server_args.port: "--port", server_args.disaggregation_bootstrap_port: "--disaggregation-bootstrap-port"}
+    for port in range(first, first + max(server_args.tp_size // server_args.nnodes, 1)):
+        if why := f"is {others[port]}, too" if port in others else _why_no_port(server_args.host, port):
+            raise OptionError(
+                f"port {port} of a prefill rank, from {TRANSFER_OPTION}'s port {first} on, cannot be used ({why}): "
+                "give another one"
+            )
+
+
+def _why_no_port(host: str, port: int) -> str:
+    return "the last one is 65535" if port > 65535 else hosts.why_not_free(host, port)
 
 
 def bootstrap_port_taken(port: int, why: str) -> str:

@@ -355,14 +355,23 @@ def test_only_what_attention_does_not_hide_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stand_in_counts_what_a_rank_would_receive(rank: int) -> None:
+def test_what_a_rank_receives_is_counted(rank: int) -> None:
     layout = plan(8, SIX_AND_TWO, num_ranks=2)
-    group = bench_observed.StandInGroup(rank, 2)
+    group = bench_observed.ObservedGroup(bench_observed.StandInGroup(rank, 2), bench_timing.unobserved)
     sparse = SparseAttention(layout, group, attention.create("torch"), selection.create("query"), "cpu")
     out = sparse.attend(bench_calls.random_rows(setting(), num_rows(layout.rows_of(rank).tokens)))
     assert torch.isfinite(out).all()
     # K and V of a token are 128 bytes. Anchor 1 token, the other rank's most 1; the question's 2 rows, 4 heads, 8 + 4.
     assert group.received == [128, 128, 2 * 4 * 12 * 4]
+
+
+def test_what_a_network_costs_is_said() -> None:
+    """125 MB handed on take a second at 1 Gbit/s, half of which own attention hides, and 10 ms at 100 Gbit/s."""
+    parts = {"attention, own": 0.5, "attention, before": 1.0}
+    time = LayerTime(0, 2.0, parts | {PROJECTED: 0.0, OTHER: 0.5}, 0.1, (125 * 10**6, 0))
+    (note,) = (note for note in bench_layer.notes([bench_layer.Column("apb", 4, 8, time)], 2, Link()) if "MB" in note)
+    assert note.startswith("apb, 4 ranks (projected), 8 tokens, over a network: 125.0 MB come to a rank a layer")
+    assert "500.027 ms at 1 Gbit/s, 0.000 ms at 10 Gbit/s" in note
 
 
 def test_a_share_alone_gets_the_projection_on_top() -> None:

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = (ROOT, ROOT / "sglang_apb", ROOT / "docs")
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/sglang.md", "docs/transfer.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/architecture.md", "docs/sglang.md", "docs/transfer.md", "docs/cluster.md"]
+)
 def test_every_file_that_is_named_exists(document: str) -> None:
     text = (ROOT / document).read_text()
     named = set(re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|md))`", text))

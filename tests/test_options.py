@@ -16,6 +16,8 @@ import pytest
 from conftest import next_port
 from preloaded import run_python
 
+from sglang_apb.transfer.protocol.config import TransferConfig
+
 PARSE = """
 import sys
 from sglang.srt.plugins import load_plugins
@@ -243,9 +245,33 @@ def test_a_draft_model_s_pool_is_not_sent() -> None:
     )
     model_config = SimpleNamespace(is_generation=True)
     with pytest.raises(options.OptionError, match=r"--speculative-algorithm EAGLE3 does not go with .*: its draft"):
-        options.check_transferable(server_args, model_config)
+        options.check_transferable(server_args, model_config, TransferConfig())
     server_args.speculative_algorithm = "NGRAM"
-    options.check_transferable(server_args, model_config)
+    options.check_transferable(server_args, model_config, TransferConfig())
+
+
+@pytest.mark.parametrize(
+    ("first", "sentence"),
+    [
+        (30000, r"port 30001 of a prefill rank, from --kv-transfer-config's port 30000 on, .*is --port, too"),
+        (8997, r"port 8998 of a prefill rank.*is --disaggregation-bootstrap-port, too"),
+        (65535, r"port 65536 of a prefill rank.*the last one is 65535"),
+        (None, r"port \d+ of a prefill rank.*in use"),
+    ],
+)
+def test_ports_that_ranks_cannot_have_are_refused(first: int | None, sentence: str) -> None:
+    """Two ranks a host."""
+    from types import SimpleNamespace
+
+    from sglang_apb import options
+
+    args = SimpleNamespace(host="127.0.0.1", port=30001, disaggregation_bootstrap_port=8998, tp_size=4, nnodes=2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options._check_transfer_ports(args, 0)
+        options._check_transfer_ports(args, port + 1)
+        with pytest.raises(options.OptionError, match=sentence):
+            options._check_transfer_ports(args, port if first is None else first)
 
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones(refusals: list[tuple[int, str]]) -> None:

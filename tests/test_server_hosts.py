@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import host_namespaces
+import psutil
 import pytest
 import requests
 from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
@@ -24,9 +26,9 @@ from sglang_apb.commands.servers import LocalService
 
 WHY_NOT = host_namespaces.why_not_here()
 pytestmark = [pytest.mark.server, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
-PORT, BOOTSTRAP, ROUTER, RANKS = 30000, 30001, 30002, 25000
-UNENCRYPTED = ("--kv-transfer-config", '{"allow_unencrypted": true}')
-TRANSFER = ("--disaggregation-transfer-backend", "zmq", *UNENCRYPTED)
+PORT, BOOTSTRAP, ROUTER, RANKS, KV = 30000, 30001, 30002, 25000, 25100
+TRANSFER_CONFIG = json.dumps({"allow_unencrypted": True, "port": KV})
+TRANSFER = ("--disaggregation-transfer-backend", "zmq", "--kv-transfer-config", TRANSFER_CONFIG)
 PREFILL = (*TRANSFER, "--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", str(BOOTSTRAP))
 
 
@@ -68,6 +70,11 @@ def started(groups: list[ProcessGroup], url: str) -> Iterator[None]:
         yield
 
 
+def listening_ports(hosts: Hosts, number: int) -> set[int]:
+    connections = (each for process in hosts.processes(number) for each in process.net_connections("tcp"))
+    return {each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN}
+
+
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[Callable[[int], Hosts]]:
     with contextlib.ExitStack() as stack:
@@ -78,9 +85,12 @@ def test_a_prefill_group_over_two_hosts_equals_plain_sglang(
     hosts: Callable[[int], Hosts], plain: Plain, log_dirs: Iterator[Path]
 ) -> None:
     """KV of each host's rank goes to decode from there: each has slots for half of the longest prompt alone."""
-    service = pair_over(hosts(3), plain.model, next(log_dirs), "--max-total-tokens", "1900")
+    here = hosts(3)
+    service = pair_over(here, plain.model, next(log_dirs), "--max-total-tokens", "1900")
     with service:
         service.wait_ready(300)
+        for number in (0, 1):
+            assert KV in listening_ports(here, number), "each host's rank listens where it was told"
         for length in PLAIN_LENGTHS[1:]:
             answer = generate(service.url, plain.prompts[length])
             assert_ran_sparse(answer, 2)

@@ -219,6 +219,9 @@ def notes(columns: Sequence[Column], num_layers: int, link: Link) -> Iterator[st
             faster = exact.prefill(num_layers) / time.prefill(num_layers)
             yield f"{length:,} tokens, {ranks} rank(s): exact / apb {faster:.2f}x; apb's slowest rank is {time.rank}"
     for column in columns:
+        if column.time and sum(column.time.received):
+            yield f"{column.name}, {column.length:,} tokens, over a network: {_over_networks(column.time)}"
+    for column in columns:
         if column.reason is not None:
             yield f"{column.name}, {column.length:,} tokens: {column.reason}"
     if any(time and time.is_projected for time in by_place.values()):
@@ -226,6 +229,14 @@ def notes(columns: Sequence[Column], num_layers: int, link: Link) -> Iterator[st
             "projected: each rank's share was measured alone; what it waits for others is computed for a link of "
             f"{link.gb_per_s:g} GB/s and {link.latency_us:g} us a collective"
         )
+
+
+def _over_networks(time: LayerTime) -> str:
+    """What each speed would add to a layer, in ms, where every rank has a link of its own."""
+    speeds = bench_link.NETWORKS_GBIT_PER_S
+    waits = [time.exposed(Link(gbit / 8, bench_link.DEFAULT_LATENCY_US)) for gbit in speeds]
+    costs = ", ".join(f"{_ms(wait)} ms at {gbit} Gbit/s" for gbit, wait in zip(speeds, waits, strict=True))
+    return f"{sum(time.received) / 1e6:,.1f} MB come to a rank a layer, which waits {costs}"
 
 
 def stacks(columns: Sequence[Column]) -> dict[str, dict[str, dict[str, float]]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 # All-gathers of 1 to 512 MB a rank over two H200 joined by NVLink took 27 us and 4 ns a KB, within 10%.
 DEFAULT_GB_PER_S = 250.0
 DEFAULT_LATENCY_US = 27.0
+# Between hosts, in Gbit/s: what the network alone takes.
+NETWORKS_GBIT_PER_S = (1, 10, 100, 400)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ def apb_exposed(received: Sequence[int], own: float, before: float, link: Link) 
     own, before: seconds of attention over own blocks, during which what is handed on travels, and over what was
     handed on, during which the question's partial results do.
     """
+    if not received:
+        return 0.0
     *handed_on, question = received
     return max(sum(map(link.seconds, handed_on)) - own, 0.0) + max(link.seconds(question) - before, 0.0)
 

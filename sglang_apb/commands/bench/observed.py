@@ -85,21 +85,28 @@ class ObservedSelector(Selector):
 
 
 class ObservedGroup(RankGroup):
-    """Shows the start of each collective and the wait for it: on CUDA, how long the layer stands still."""
+    """Shows the start of each collective and the wait for it: on CUDA, how long the layer stands still.
+
+    `received`: bytes that each collective, since this list was last cleared, brings to this rank from others.
+    """
 
     def __init__(self, group: RankGroup, observe: Observe) -> None:
         super().__init__()
         self.size, self.rank = group.size, group.rank
+        self.received: list[int] = []
         self._ranks = group
         self._observe = observe
 
     def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
+        row_bytes = sum(rows.shape[1:].numel() * rows.itemsize for rows in parts)
+        self.received.append((self.size - 1) * max(counts) * row_bytes)
         return self._shown(self._observe(COMMUNICATION, self._ranks.gather_together, parts, counts))
 
     def gather_padded(self, rows: torch.Tensor, counts: Sequence[int]) -> Pending:
         return self._shown(super().gather_padded(rows, counts))
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
+        self.received.append(rows.nbytes)
         return self._shown(self._observe(COMMUNICATION, self._ranks.broadcast, rows, source))
 
     def _shown(self, pending: Pending) -> Pending:
@@ -116,28 +123,22 @@ class _ObservedPending(Pending):
 
 
 class StandInGroup(RankGroup):
-    """Rank `rank` of `size` without the others: their rows are random numbers that lie there already.
-
-    `received`: bytes that each collective, since this list was last cleared, would have brought to this rank.
-    """
+    """Rank `rank` of `size` without the others: their rows are random numbers that lie there already."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.rank, self.size = rank, size
-        self.received: list[int] = []
         self._others: dict[tuple[torch.Size, torch.dtype], torch.Tensor] = {}
 
     def gather_together(self, parts: Sequence[torch.Tensor], counts: Sequence[int]) -> Pending:
         gathered = [self._from_others(rows, (self.size, max(counts), *rows.shape[1:])) for rows in parts]
         for all_rows, rows in zip(gathered, parts, strict=True):
             all_rows[self.rank, : len(rows)] = rows
-        self.received.append(sum((self.size - 1) * rows[0].nbytes for rows in gathered))
         return Pending(gathered)
 
     def broadcast(self, rows: torch.Tensor, source: int) -> Pending:
         if source != self.rank:
             rows.copy_(self._from_others(rows, rows.shape))
-        self.received.append(rows.nbytes)
         return Pending(rows)
 
     def _from_others(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

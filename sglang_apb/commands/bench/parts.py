@@ -60,18 +60,25 @@ PARTS = {
 class LayerTime:
     """Seconds of one rank's layer as a whole, and of its parts (PARTS, PROJECTED, OTHER), which add up to it.
 
-    The part PROJECTED, where it is, is computed from a link's figures, not measured; `layer` has it in it.
+    The part PROJECTED, where it is, is computed from a link's figures, not measured; `layer` has it in it. `received`:
+    bytes that each of APB's collectives brings from other ranks.
     """
 
     rank: int
     layer: float
     parts: dict[str, float]
     lm_head: float
+    received: tuple[int, ...] = ()
 
     @property
     def is_projected(self) -> bool:
         """Whether the ranks did not really speak to each other."""
         return PROJECTED in self.parts
+
+    def exposed(self, link: Link) -> float:
+        """Seconds for which APB's layer would wait for other ranks over `link`."""
+        own, before = (self.parts.get(part, 0.0) for part in ("attention, own", "attention, before"))
+        return apb_exposed(self.received, own, before, link)
 
     def prefill(self, num_layers: int) -> float:
         """Seconds of the whole model, if all layers take as long."""
@@ -115,8 +122,7 @@ def alone(setting: InProcess, method: str, num_tokens: int, rank: int, num_ranks
     if method == EXACT:
         added = exact_exposed(num_tokens, setting.shape.hidden, setting.dtype.itemsize, num_ranks, link)
     else:
-        hiding = time.parts.get("attention, before", 0.0)
-        added = apb_exposed(ranks.received, time.parts.get("attention, own", 0.0), hiding, link)
+        added = time.exposed(link)
     parts = {part: seconds for part, seconds in time.parts.items() if part != OTHER}
     return replace(time, layer=time.layer + added, parts=parts | {PROJECTED: added, OTHER: time.parts[OTHER]})
 
@@ -143,29 +149,25 @@ def _apb(setting: InProcess, num_tokens: int, company: Company) -> LayerTime:
     ranks = company.ranks
     layout = setting.layout(num_tokens, ranks.size)
     engine, selector = attention.create(setting.engine), selection.create(setting.config.selector)
+    received: list[int] = []
 
     def make(observe: Observe | None) -> Attend:
         if observe is None:
-            return _counted_anew(ranks, SparseAttention(layout, ranks, engine, selector, setting.device).attend)
+            return SparseAttention(layout, ranks, engine, selector, setting.device).attend
         shown = ObservedSelector(selector, engine.kernels, observe)
-        sparse = SparseAttention(
-            layout, ObservedGroup(ranks, observe), ObservedEngine(engine, observe), shown, setting.device
-        )
-        return _counted_anew(ranks, sparse.attend)
+        group = ObservedGroup(ranks, observe)
+        sparse = SparseAttention(layout, group, ObservedEngine(engine, observe), shown, setting.device)
 
-    return _time(setting, layout.rows_of(ranks.rank).positions, 1, replace(company, reduce=_nothing), make)
+        def attend_and_count(rows: LayerRows) -> torch.Tensor:
+            group.received.clear()
+            out = sparse.attend(rows)
+            received[:] = group.received
+            return out
 
+        return attend_and_count
 
-def _counted_anew(ranks: RankGroup, attend: Attend) -> Attend:
-    """Lets stand-in ranks count the collectives of one layer only, the last."""
-    if not isinstance(ranks, StandInGroup):
-        return attend
-
-    def attend_and_count(rows: LayerRows) -> torch.Tensor:
-        ranks.received.clear()
-        return attend(rows)
-
-    return attend_and_count
+    time = _time(setting, layout.rows_of(ranks.rank).positions, 1, replace(company, reduce=_nothing), make)
+    return replace(time, received=tuple(received))
 
 
 def _exact(setting: InProcess, num_tokens: int, company: Company) -> LayerTime:

@@ -38,7 +38,9 @@ MAX_FRAMES_A_TURN = 64
 
 
 class PrefillEndpoint(SocketLoop):
-    """Listens on `host` at `port`. Asks wait in the socket until `start_sending`, when the pool exists."""
+    """Listens on `host` at `port`, 0 being any that is free. Asks wait in the socket until `start_sending`, when the pool
+    exists.
+    """
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class PrefillEndpoint(SocketLoop):
         notice_seconds: float = 300.0,
         keys: Keys | None = None,
         *,
+        port: int = 0,
         contact_seconds: float = 30.0,
         with_metrics: bool = False,
     ):
@@ -62,12 +65,21 @@ class PrefillEndpoint(SocketLoop):
         guard(self._socket, wire.MAX_BODY_BYTES)
         if keys is not None:
             keys.listen(self._socket)
-        self.port = self._socket.bind_to_random_port(f"tcp://[{host}]" if ":" in host else f"tcp://{host}")
+        self.port = self._listen(f"tcp://[{host}]" if ":" in host else f"tcp://{host}", port)
         self.address = str(Address(host, self.port))
         self.transfers = Transfers(notice_seconds)
         self.halves: list[SendHalf] = []
         self._outgoing = Outgoing(self._socket, self._lose, self._fail_both)
         self._next_probe = 0.0
+
+    def _listen(self, place: str, port: int) -> int:
+        if port == 0:
+            return self._socket.bind_to_random_port(place)
+        try:
+            self._socket.bind(f"{place}:{port}")
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"a prefill rank cannot listen at {place}:{port}: {error}") from error
+        return port
 
     def start_sending(self, pool: Pool, aux: Pages, compat: Compat, planes: Sequence[OpenSend]) -> None:
         """`planes` bring the pages of `pool` to decode ranks: the first of them that serves one does."""

@@ -19,6 +19,11 @@ class TransferConfig:
     peers: str | None = setting(None, "folder with the public keys of the servers that it may talk to")
     allow_unencrypted: bool = setting(False, "let KV leave this machine without keys")
 
+    port: int = setting(
+        0,
+        "where a prefill server's first rank on a host listens for decode servers, its next ones at the ports that "
+        "follow; 0 lets the system choose, which no firewall knows",
+    )
     data_plane: str = setting(
         AUTO,
         "how pages move: zmq (through host memory, any machine), cuda_ipc (the decode server's GPU reads the prefill "
@@ -42,6 +47,8 @@ class TransferConfig:
         if not isinstance(self.allow_unencrypted, bool):
             raise ConfigError(f"allow_unencrypted of {OPTION} must be true or false, not {self.allow_unencrypted!r}")
         self._check_plane()
+        if isinstance(self.port, bool) or not isinstance(self.port, int) or not 0 <= self.port < 65536:
+            raise ConfigError(f"port of {OPTION} must be a whole number from 1 to 65535, or 0, not {self.port!r}")
         seconds = self.contact_seconds
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise ConfigError(f"contact_seconds of {OPTION} must be a number of seconds above 0, not {seconds!r}")

@@ -71,8 +71,13 @@ class ZmqKVManager(CommonKVManager):
 
     def register_to_bootstrap(self) -> None:
         """Called by SGLang's constructor on prefill ranks: publishes our port, not SGLang's socket's."""
+        first = self._transfer.port
         self.prefill_endpoint = PrefillEndpoint(
-            self.local_ip, keys=self._keys, contact_seconds=self.contact_seconds, with_metrics=self._with_metrics
+            self.local_ip,
+            keys=self._keys,
+            port=first and first + insides.rank_on_host(),
+            contact_seconds=self.contact_seconds,
+            with_metrics=self._with_metrics,
         )
         self.rank_port = self.prefill_endpoint.port
         super().register_to_bootstrap()
