@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import batches, insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb.layout import Span
@@ -18,23 +18,23 @@ from sglang_apb.layout import Span
 
 def _allocate(original: Any, batch: Any) -> Any:
     """SGLang's allocation for a prompt of which this rank keeps a part: slots, and the request's row of the table."""
-    notes, computed = insides.notes_of(batch.reqs[0]), insides.computed_tokens(batch)
+    notes, computed = insides.notes_of(batch.reqs[0]), batches.computed_tokens(batch)
     own = notes.own_slots
     if own is not None and (computed is None or computed.end != (notes.round_end(computed.start) or own.num_tokens)):
         own = notes.own_slots = None  # SGLang batched or cut it after all: it fails in its forward pass
     if own is None:
         return original(batch)
     (req,) = batch.reqs
-    is_new, indices = not insides.holds_kv(req), insides.take_request_row(batch)
+    is_new, indices = not batches.holds_kv(req), batches.take_request_row(batch)
     row = int(indices[0])
     batch.tree_cache.hold(row, own)
     if is_new and computed.start:
         cached = batch.tree_cache.cached_slots(req)
-        insides.write_request_row(batch, row, 0, cached[own.slots_of(Span(0, computed.start)).to(cached.device)])
-    slots = insides.take_slots(batch.tree_cache, own.num_of(computed))
+        batches.write_request_row(batch, row, 0, cached[own.slots_of(Span(0, computed.start)).to(cached.device)])
+    slots = batches.take_slots(batch.tree_cache, own.num_of(computed))
     places = own.slots_of(computed) - own.num_before(computed.start)
     taken = slots[places.to(slots.device)]
-    insides.write_request_row(batch, row, computed.start, taken)
+    batches.write_request_row(batch, row, computed.start, taken)
     return taken, indices.to(batch.device, non_blocking=True), indices
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import batches, insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb.transfer.prefill.layer_stream import LayerStream
@@ -28,7 +28,7 @@ def layer_stream(batch: Any) -> LayerStream | None:
     if sender is None or insides.waits_for_decode(req):
         return None
     page_size = batch.token_to_kv_pool_allocator.page_size
-    return LayerStream(sender, insides.unsent_row(batch, req)[::page_size], page_size)
+    return LayerStream(sender, batches.unsent_row(batch, req)[::page_size], page_size)
 
 
 def _tell_owned_pages(result: bool, self: Any, req: Any, num_kv_heads: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sglang_apb.patches import insides, last_layer, pd_prefill
+from sglang_apb.patches import batches, insides, last_layer, pd_prefill
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config, metrics, requests
@@ -53,7 +53,7 @@ def _keep_to_itself(layer_id: int) -> None:
 def _plan_batch(result: Any, cls: type, batch: Any, model_runner: Any, **_: Any) -> None:
     """Attaches a sparse prompt's prefill to its batch, where the request is still at hand."""
     result.sparse = None
-    if insides.is_prefill(batch, model_runner):
+    if batches.is_prefill(batch, model_runner):
         try:
             _attach(result, batch, model_runner)
         except Exception as error:
@@ -71,7 +71,7 @@ def _attach(result: Any, batch: Any, model_runner: Any) -> None:
         is_later = notes.handed_on.ends_at(plan.num_cached)
         report = notes.report if is_later else backend_of(model_runner).report(plan)
         result.sparse = SparsePrefill(model_runner, batch.reqs[0], plan, _stream_of(batch, model_runner))
-    result.prefill_report, result.num_prefills_ended = report, insides.num_prefills_ended(batch)
+    result.prefill_report, result.num_prefills_ended = report, batches.num_prefills_ended(batch)
     for req in batch.reqs:
         insides.notes_of(req).report = report
 
@@ -89,7 +89,7 @@ def _plan(batch: Any, model_runner: Any) -> Any:
         return None
     prompt = insides.prompt_of(req)
     num_tokens = prompt.num_tokens + prompt.num_output_tokens
-    computed = insides.computed_tokens(batch)
+    computed = batches.computed_tokens(batch)
     round_end = None if computed is None else insides.notes_of(req).round_end(computed.start)
     if computed is None or computed.end != (round_end or num_tokens):
         # Its KV would be exact attention's under the name of a sparse context.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-from sglang_apb.patches import insides
+from sglang_apb.patches import batches, insides
 from sglang_apb.patches._patch import Patch
 
 from sglang_apb import config
@@ -79,11 +79,11 @@ def _adder_class(base: Any) -> Any:
             """The request while it has rounds to come."""
             if not _is_sparse(req):
                 return super().add_chunked_req(req)
-            num_tokens = _round_tokens(req) or insides.num_new_tokens(req)
-            if self._turns.left or not insides.has_slots(self, _num_slots(req, num_tokens)):
+            num_tokens = _round_tokens(req) or batches.num_new_tokens(req)
+            if self._turns.left or not batches.has_slots(self, _num_slots(req, num_tokens)):
                 self._park(req)
                 return req
-            with insides.chunk_of(self, num_tokens), _charging_slots(self, req):
+            with batches.chunk_of(self, num_tokens), _charging_slots(self, req):
                 req = super().add_chunked_req(req)
             self.rem_chunk_tokens = 0
             return req
@@ -91,17 +91,17 @@ def _adder_class(base: Any) -> Any:
         def _park(self, req: Any) -> None:
             self._parked = req
             self.rem_chunk_tokens = min(self.rem_chunk_tokens or self._turns.left, self._turns.left)
-            insides.charge(self, _num_slots(req, insides.num_new_tokens(req)) + self.page_size)
+            batches.charge(self, _num_slots(req, batches.num_new_tokens(req)) + self.page_size)
 
         def _fits_whole(self, req: Any) -> bool:
             """Into what is left of the others' turn. SGLang knows one request with chunks to come."""
-            num_tokens = self.ceil_paged_tokens(insides.num_new_tokens(req))
+            num_tokens = self.ceil_paged_tokens(batches.num_new_tokens(req))
             if _is_sparse(req):
                 return num_tokens <= self._turns.left and _round_tokens(req) is None
             return bool(num_tokens <= self.rem_chunk_tokens)
 
         def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> Any:
-            others = insides.admitted(self)
+            others = batches.admitted(self)
             if any(map(_is_sparse, others)) or (_is_sparse(req) and others):
                 return AddReqResult.OTHER
             if self._parked is not None and not self._fits_whole(req):
@@ -109,7 +109,7 @@ def _adder_class(base: Any) -> Any:
                 return AddReqResult.CONTINUE if self._num_skipped < MOST_SKIPPED else AddReqResult.OTHER
             if not _is_sparse(req):
                 return super().add_one_req(req, has_chunked_req, truncation_align_size)
-            with insides.chunk_of(self, _round_tokens(req)), _charging_slots(self, req):
+            with batches.chunk_of(self, _round_tokens(req)), _charging_slots(self, req):
                 return super().add_one_req(req, has_chunked_req, None)
 
     return RoundsAdder
@@ -117,14 +117,14 @@ def _adder_class(base: Any) -> Any:
 
 def _round_tokens(req: Any) -> int | None:
     """Of the sparse prompt's next round; None where it computes all the rest."""
-    start = insides.num_computed(req)
+    start = batches.num_computed(req)
     end = insides.notes_of(req).round_end(start)
     return None if end is None else end - start
 
 
 def _num_slots(req: Any, num_tokens: int) -> int:
     """Slots that the request's next tokens take on this rank."""
-    own, start = insides.notes_of(req).own_slots, insides.num_computed(req)
+    own, start = insides.notes_of(req).own_slots, batches.num_computed(req)
     return num_tokens if own is None else own.num_of(Span(start, start + num_tokens))
 
 
@@ -133,22 +133,22 @@ def _charging_slots(adder: Any, req: Any) -> Iterator[None]:
     """SGLang counts all of the prompt's tokens that are left against the pool's free space; those that other ranks keep
     take none here.
     """
-    num_tokens = insides.num_new_tokens(req)
+    num_tokens = batches.num_new_tokens(req)
     num_elsewhere = num_tokens - _num_slots(req, num_tokens)
-    insides.charge(adder, -num_elsewhere)
+    batches.charge(adder, -num_elsewhere)
     yield
-    if req not in insides.admitted(adder):
-        insides.charge(adder, num_elsewhere)
+    if req not in batches.admitted(adder):
+        batches.charge(adder, num_elsewhere)
 
 
 def _take_turns(original: Any, self: Any, prefill_delayer_single_pass: Any, running_batch: Any) -> Any:
     """SGLang's next prefill batch, and the running one."""
-    turns, long = _turns_of(self), insides.chunked_prompt(self)
+    turns, long = _turns_of(self), batches.chunked_prompt(self)
     if long is None or not _is_sparse(long):
         turns.left = 0
-    elif insides.give_up_if_failed(self, long):
+    elif batches.give_up_if_failed(self, long):
         return None, running_batch
-    elif turns.decodes_are_due and insides.may_decode(self, running_batch):
+    elif turns.decodes_are_due and batches.may_decode(self, running_batch):
         turns.decodes_are_due = False
         return None, running_batch
     batch, running_batch = original(self, prefill_delayer_single_pass, running_batch)
@@ -161,13 +161,13 @@ def _take_turns(original: Any, self: Any, prefill_delayer_single_pass: Any, runn
 
 
 def _count(scheduler: Any, turns: Turns, batch: Any) -> None:
-    long = insides.chunked_prompt(scheduler)
+    long = batches.chunked_prompt(scheduler)
     if long is None or not _is_sparse(long):
         return
     if long in batch.reqs:
         turns.begin()
         return
-    insides.count_no_chunk(batch, long)
+    batches.count_no_chunk(batch, long)
     turns.left = max(turns.left - max(sum(batch.extend_lens), turns.limit // MOST_PASSES), 0)
     turns.decodes_are_due = True
 

@@ -13,7 +13,7 @@ from array import array
 from typing import Any
 
 import torch
-from sglang_apb.patches import insides
+from sglang_apb.patches import batches, insides
 
 from sglang_apb.layout import Span
 from sglang_apb.own_slots import OwnSlots
@@ -120,8 +120,8 @@ def unit_cache(base: Any) -> Any:
             row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
             for start, end in ranges:
                 context = Span(start, end).within(Span(0, own.question.start))
-                insides.free_slots(self, row[own.holders_of(context).to(row.device)].to(torch.int64))
-                insides.free_slots(self, row[max(start, own.question.start) : end].to(torch.int64))
+                batches.free_slots(self, row[own.holders_of(context).to(row.device)].to(torch.int64))
+                batches.free_slots(self, row[max(start, own.question.start) : end].to(torch.int64))
 
         def on_release(self, req: Any, *, checkpointed: bool) -> None:
             self._own.pop(req.kv.req_pool_idx, None)

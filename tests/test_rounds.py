@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from sglang.srt.managers.schedule_policy import AddReqResult
-from sglang_apb.patches import insides, rounds
+from sglang_apb.patches import batches, insides, rounds
 
 from sglang_apb.backends.base import Wish
 from sglang_apb.config import ApbConfig
@@ -61,7 +61,7 @@ class Adder:
         num_new = min(self._new(req), self.rem_chunk_tokens or 10**9)
         req.extend_end = req.prefix_len + num_new
         self.can_run_list.append(req)
-        insides.charge(self, num_new)
+        batches.charge(self, num_new)
         if self.rem_chunk_tokens is not None:
             self.rem_chunk_tokens -= self.ceil_paged_tokens(num_new)
         return req if num_new < self._new(req) else None
@@ -111,14 +111,14 @@ def decodes_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(insides, "pair_half", lambda: None)
 
 
-def batches(scheduler: Scheduler, count: int, num_decodes: int = 0) -> list[Any]:
+def batches_of(scheduler: Scheduler, count: int, num_decodes: int = 0) -> list[Any]:
     return [scheduler.next_batch(num_decodes) for _ in range(count)]
 
 
 def test_a_long_prompt_comes_in_rounds_and_alone() -> None:
     scheduler, long = Scheduler('{"between_rounds": 0}'), request(650, sparse=True)
     scheduler.waiting = [long, request(20), request(30)]
-    found = batches(scheduler, 5)
+    found = batches_of(scheduler, 5)
     assert found[:4] == [[(long, 200)], [(long, 200)], [(long, 200)], [(long, 50)]]
     assert [length for _, length in found[4]] == [20, 30]
     assert long.inflight_middle_chunks == 3, "of the four rounds all but the last"
@@ -127,14 +127,14 @@ def test_a_long_prompt_comes_in_rounds_and_alone() -> None:
 def test_what_was_found_in_the_cache_shifts_no_border() -> None:
     scheduler, long = Scheduler(), request(650, sparse=True, cached=130)
     scheduler.waiting = [long]
-    assert batches(scheduler, 3) == [[(long, 270)], [(long, 200)], [(long, 50)]]
+    assert batches_of(scheduler, 3) == [[(long, 270)], [(long, 200)], [(long, 50)]]
 
 
 def test_others_run_between_rounds_up_to_their_share() -> None:
     scheduler = Scheduler('{"between_rounds": 100}')
     long, others = request(650, sparse=True), [request(40) for _ in range(4)]
     scheduler.waiting = [long, *others]
-    found = batches(scheduler, 6)
+    found = batches_of(scheduler, 6)
     assert found[0] == [(long, 200)]
     assert found[1] == [(other, 40) for other in others[:2]]  # the third does not fit whole
     assert found[2] == [(long, 200)]
@@ -149,7 +149,7 @@ def test_who_does_not_fit_between_rounds_waits_and_holds_nobody_up() -> None:
     long, second = request(650, sparse=True), request(650, sparse=True, cached=380)
     exact, short, question = request(140), request(40), request(640, sparse=True, cached=610)
     scheduler.waiting = [long, second, exact, short, question]
-    found = batches(scheduler, 6)
+    found = batches_of(scheduler, 6)
     assert found[:5] == [[(long, 200)], [(short, 40)], [(question, 30)], [(long, 200)], [(long, 200)]]
     assert found[5] == [(long, 50)]
     assert scheduler.next_batch() == [(second, 220)], "long prompts keep their order"
@@ -168,13 +168,13 @@ def test_a_turn_ends_after_a_few_batches_however_small_they_are() -> None:
 def test_a_pass_looks_at_some_that_wait_and_not_at_all() -> None:
     scheduler, long = Scheduler(), request(650, sparse=True)
     scheduler.waiting = [long, *(request(500) for _ in range(rounds.MOST_SKIPPED)), request(20)]
-    assert batches(scheduler, 2) == [[(long, 200)], [(long, 200)]]
+    assert batches_of(scheduler, 2) == [[(long, 200)], [(long, 200)]]
 
 
 def test_decodes_get_a_step_after_each_batch() -> None:
     scheduler, long = Scheduler('{"between_rounds": 100}'), request(450, sparse=True)
     scheduler.waiting = [long, request(40)]
-    lengths = [batch and [length for _, length in batch] for batch in batches(scheduler, 6, num_decodes=3)]
+    lengths = [batch and [length for _, length in batch] for batch in batches_of(scheduler, 6, num_decodes=3)]
     assert lengths == [[200], None, [40], None, [200], None]
     scheduler.prefill_decode_interval = 2  # SGLang's own turns
     assert scheduler.next_batch(num_decodes=3) == [(long, 50)]
@@ -196,7 +196,7 @@ def test_a_prompt_waits_for_slots_and_is_not_cut_elsewhere() -> None:
     scheduler.waiting = [long]
     assert scheduler.next_batch() == [(long, 200)]
     scheduler.num_slots = 199
-    assert batches(scheduler, 2) == [None, None]
+    assert batches_of(scheduler, 2) == [None, None]
     scheduler.num_slots = 10_000
     assert scheduler.next_batch() == [(long, 200)]
     assert long.inflight_middle_chunks == 2
@@ -231,5 +231,5 @@ def test_tokens_that_other_ranks_keep_are_not_charged(num_slots: int) -> None:
 def test_exact_prompts_are_sglangs() -> None:
     scheduler, first, second = Scheduler(), request(400), request(30)
     scheduler.waiting = [first, second]
-    lengths = [[length for _, length in batch] for batch in batches(scheduler, 3)]
+    lengths = [[length for _, length in batch] for batch in batches_of(scheduler, 3)]
     assert lengths == [[150], [150], [100, 30]]

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import match_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
-from sglang_apb.patches import context_cache, insides, kv_ownership
+from sglang_apb.patches import batches, context_cache, kv_ownership
 
 from sglang_apb.backends.base import Wish
 from sglang_apb.config import ApbConfig
@@ -283,4 +283,4 @@ def test_a_batch_that_sglang_cut_elsewhere_gets_its_own_allocation() -> None:
 def test_a_prompt_without_context_is_none_of_ours() -> None:
     with pytest.raises(LayoutError):
         layout_of(5, 5)
-    assert insides.computed_tokens(SimpleNamespace(reqs=[1, 2])) is None
+    assert batches.computed_tokens(SimpleNamespace(reqs=[1, 2])) is None

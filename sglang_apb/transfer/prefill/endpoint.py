@@ -38,7 +38,7 @@ MAX_FRAMES_A_TURN = 64
 
 
 class PrefillEndpoint(SocketLoop):
-    """Listens on `host` at `port`, 0 being any that is free. Asks wait in the socket until `start_sending`, when the pool
+    """Listens on `host` at `port`; 0 is any that is free. Asks wait in the socket until `start_sending`, when the pool
     exists.
     """
 
