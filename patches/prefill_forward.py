@@ -33,12 +33,23 @@ def _create(model_runner: Any) -> Any:
     from sglang_apb import backends
     from sglang_apb.rank_group import RankGroup
 
+    _check_kv_dtype(model_runner.kv_cache_dtype, model_runner.dtype)
     server_args = model_runner.server_args
     options = insides.options_of(server_args)
     group = insides.sequence_parallel_group() if options.sp_size > 1 else None
     settings, replicate_kv = config.parse(options.config_text), replicates_kv(server_args)
     last_layer.drop_rows(model_runner.model)
     return backends.load(options.backend)(model_runner, settings, RankGroup(group), replicate_kv=replicate_kv)
+
+
+def _check_kv_dtype(kv: torch.dtype, model: torch.dtype) -> None:
+    """A checkpoint may ask for quantised KV, which no option shows before it is loaded. Raises RuntimeError."""
+    if kv != model:
+        remedy = "--kv-cache-dtype bfloat16"
+        raise RuntimeError(
+            f"--prefill-backend keeps KV in the model's {model}, and this server's is {kv}: give "
+            + (remedy if model == torch.bfloat16 else f"--dtype bfloat16 {remedy}")
+        )
 
 
 def replicates_kv(server_args: Any) -> bool:

@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": "sglang_apb.commands.demo",
     "eval": "sglang_apb.commands.eval",
     "bench": "sglang_apb.commands.bench",
+    "cluster": "sglang_apb.commands.cluster",
     "keys": "sglang_apb.commands.keys",
     "doctor": "sglang_apb.commands.doctor",
 }

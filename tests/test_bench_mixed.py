@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, next_port
+from conftest import FLOAT32, next_port, thorough
 from test_bench import SMALL, PretendedServers
 
 from sglang_apb import cli
@@ -132,6 +132,7 @@ def test_times_between_tokens_are_of_all_answers() -> None:
     assert between_tokens([Streamed("short", 8, 0)], 0.5) is None
 
 
+@thorough
 @pytest.mark.server
 def test_real_servers_let_short_prompts_in_between(smollm2: Path, tmp_path: Path) -> None:
     output = tmp_path / "mixed.json"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from sglang_apb.patches import insides, prefill_forward, scheduling
 
 from sglang_apb.config import parse
@@ -197,3 +198,11 @@ def test_prompts_that_can_never_have_their_slots_are_refused(
     req = decided(Request(num_tokens, exact=exact), monkeypatch, keeps_parts=keeps_parts, config=SPARSE, page_size=1)
     assert (error in req.error) if error else req.error is None
     assert not error or insides.notes_of(req).wish is None
+
+
+def test_kv_that_a_checkpoint_wants_quantised_is_refused() -> None:
+    prefill_forward._check_kv_dtype(torch.bfloat16, torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"this server's is torch\.float8_e4m3fn: give --kv-cache-dtype bfloat16"):
+        prefill_forward._check_kv_dtype(torch.float8_e4m3fn, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="give --dtype bfloat16 --kv-cache-dtype bfloat16"):
+        prefill_forward._check_kv_dtype(torch.bfloat16, torch.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ import host_namespaces
 import psutil
 import pytest
 import requests
-from asking import ALL_PASSED, assert_ran_sparse, assert_same_tokens, generate, prompts
+from asking import ALL_PASSED, GREEDY, assert_ran_sparse, assert_same_tokens, generate, prompts
 from conftest import FLOAT32, PLAIN_LENGTHS, Plain, thorough
 from host_namespaces import Hosts
 from transfer_peers import wait_for
 
+from sglang_apb import cli
 from sglang_apb.commands.polling import is_up
 from sglang_apb.commands.processes import ProcessGroup
 from sglang_apb.commands.servers import LocalService
@@ -81,6 +83,7 @@ def hosts(tmp_path: Path) -> Iterator[Callable[[int], Hosts]]:
         yield lambda num_hosts: stack.enter_context(Hosts(num_hosts, tmp_path))
 
 
+@thorough
 def test_a_prefill_group_over_two_hosts_equals_plain_sglang(
     hosts: Callable[[int], Hosts], plain: Plain, log_dirs: Iterator[Path]
 ) -> None:
@@ -95,6 +98,85 @@ def test_a_prefill_group_over_two_hosts_equals_plain_sglang(
             answer = generate(service.url, plain.prompts[length])
             assert_ran_sparse(answer, 2)
             assert_same_tokens(answer, plain.answers[length])
+
+
+CLUSTER = """
+model = "{model}"
+keys = "{folder}/keys"
+log_dir = "{folder}/logs"
+arguments = {arguments}
+
+[hosts]
+{hosts}
+
+[router]
+host = "apb-host2"
+
+[[servers]]
+name = "group"
+role = "prefill"
+hosts = ["apb-host0", "apb-host1"]
+port = 30100
+
+[[servers]]
+name = "alone"
+role = "prefill"
+hosts = ["apb-host2"]
+port = 30200
+
+[[servers]]
+name = "decode"
+role = "decode"
+hosts = ["apb-host2"]
+port = 30300
+"""
+
+
+def test_one_file_starts_each_hosts_part(
+    hosts: Callable[[int], Hosts], plain: Plain, log_dirs: Iterator[Path], tmp_path: Path
+) -> None:
+    """With keys, a group over two hosts beside a server of one, on the third, where decode and router are."""
+    here, folder = hosts(3), next(log_dirs)
+    addresses = "\n".join(f'{here.name(number)} = "{address}"' for number, address in enumerate(here.addresses))
+    file = tmp_path / "cluster.toml"
+    arguments = json.dumps([*FLOAT32])
+    text = CLUSTER.format(model=plain.model, folder=folder, arguments=arguments, hosts=addresses)
+    file.write_text(f"prefill_backend_config = {json.dumps(ALL_PASSED)}\n{text}")
+    assert cli.main(["cluster", "keys", str(file)]) == 0
+    launch = [sys.executable, "-m", "sglang_apb.cli", "launch", "--cluster", str(file), "--host"]
+    groups = [
+        ProcessGroup(here.name(number), here.command(number, [*launch, here.name(number)]), folder / f"{number}.log")
+        for number in range(3)
+    ]
+    url = f"http://{here.addresses[2]}:30000"
+    with LocalService(groups, url, {}) as service:
+        service._wait_until(lambda: all("READY" in group.log_tail(5) for group in groups), "starting", 300)
+        assert f"READY {url}" in groups[2].log_tail(5), "where the router is, a chat has succeeded"
+        prompt, wanted = plain.prompts[1300], plain.answers[1300]
+
+        def ask(key: str) -> tuple[int, int]:
+            body = {"input_ids": prompt, "sampling_params": GREEDY}
+            headers = {"X-SMG-Routing-Key": key}
+            answer = requests.post(f"{url}/generate", json=body, headers=headers, timeout=60).json()
+            assert tuple(answer["output_ids"]) == wanted.token_ids
+            return answer["meta_info"]["prefill"]["num_ranks"], answer["meta_info"]["cached_tokens"]
+
+        def num_joined() -> int:
+            return sum(worker["is_healthy"] for worker in requests.get(f"{url}/workers", timeout=5).json()["workers"])
+
+        assert wait_for(lambda: num_joined() == 3, 20), "the router looks for servers that are not there yet every 5 s"
+        documents = [f"document {number}" for number in range(4)]
+        with ThreadPoolExecutor(4) as clients:  # a new key goes where least is asked
+            found = list(clients.map(ask, documents))
+        again = [ask(document) for document in documents]
+        assert [num_ranks for num_ranks, _ in again] == [num_ranks for num_ranks, _ in found]
+        assert {num_ranks for num_ranks, _ in found} == {1, 2}, "both prefill servers were asked"
+        assert all(num_cached > 0 for _, num_cached in again), "a key's later questions find its cache"
+        for number in range(3):
+            check = [sys.executable, "-m", "sglang_apb.cli", "cluster", "check", str(file), "--connect"]
+            subprocess.run(here.command(number, [*check, "--host", here.name(number)]), check=True)
+    wait_for(lambda: not any(here.processes(number) for number in range(3)), 10)
+    assert not any(here.processes(number) for number in range(3)), "nothing is left"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ LOSSY = (
 EXACT = GREEDY | {"custom_params": {"prefill": {"exact": True}}}
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=thorough), 2, pytest.param(3, marks=thorough)])
 def test_a_context_is_found_again(num_ranks: int, plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Whole, in part, from the midst of a block on: the answer is one without a cache's, in rounds or in one piece."""
     arguments = ("--prefill-backend", "apb", "--sp-size", str(num_ranks), "--prefill-backend-config", LOSSY)

@@ -1,4 +1,4 @@
-"""`sglang-apb launch`: prefill, decode and router on this machine, until Ctrl-C."""
+"""`sglang-apb launch`: prefill, decode and router on this machine, or what a cluster's file puts here; until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sglang_apb.cluster.file import ClusterError, read
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.cluster_host import ClusterHost
 from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService, default_sp_size
 
 HELP = "start a prefill/decode cluster on this machine"
@@ -33,7 +35,10 @@ _NOT_FOR_SERVERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="model folder, or name on the Hugging Face hub")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="model folder, or name on the Hugging Face hub: a cluster on this machine")
+    what.add_argument("--cluster", type=Path, metavar="FILE", help="what a cluster's file puts on --host; nothing else")
+    parser.add_argument("--host", metavar="NAME", help="which of the hosts of --cluster this is")
     parser.add_argument("--sp-size", type=int, default=None, help="prefill ranks; 2 if left out, 1 with one GPU")
     parser.add_argument("--prefill-backend", default="apb", help=f"apb; {STOCK!r} is SGLang's own prefill")
     parser.add_argument("--transfer-backend", default="zmq", help="how KV travels: zmq, mooncake, nixl")
@@ -46,7 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return serve(_cluster(args), args.startup_timeout)
+    if (args.cluster is None) != (args.host is None):
+        raise CommandError("--cluster FILE and --host NAME go together: which of the file's hosts this is")
+    if args.cluster and (args.server_args or args.prefill_args or args.decode_args or args.sp_size is not None):
+        raise CommandError("--cluster takes the servers' ranks and arguments from its file: leave them out here")
+    return serve(_cluster(args) if args.cluster is None else _host(args), args.startup_timeout)
+
+
+def _host(args: argparse.Namespace) -> ClusterHost:
+    try:
+        cluster = read(args.cluster)
+    except ClusterError as error:
+        raise CommandError(str(error)) from error
+    log_dir: Path = args.log_dir or Path(cluster.log_dir) / args.host
+    _say(f"logs in {log_dir.absolute()}")
+    return ClusterHost(cluster, args.host, log_dir, _say)
 
 
 def serve(service: LocalService, timeout: float) -> int:

@@ -31,7 +31,7 @@ _REPORT_INTERVAL_S = 10.0
 _LAST_LINES = 3
 # SGLang's health check runs a token through the model, which has to wait for a long prefill: a busy server
 # would be taken for a dead one.
-_SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+SERVER_ENV = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
 
 Report = Callable[[str], None]
 
@@ -40,7 +40,8 @@ class LocalService:
     """Servers that start together, are ready together, and end together.
 
     `url` answers OpenAI requests once `wait_ready` has returned, those with `api_key` where there is one. `ports` maps
-    what a port is for to its number; a group's own has its name. `report` gets lines of progress.
+    what a port is for to its number; a group's own has its name. All are at the address `host`. `report` gets lines of
+    progress.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class LocalService:
         ports: dict[str, int],
         report: Report | None = None,
         api_key: str | None = None,
+        host: str = HOST,
     ):
+        self._host = host
         self.groups = tuple(groups)
         self.url = url
         self._ports = ports
@@ -60,7 +63,7 @@ class LocalService:
 
     def start(self) -> None:
         """Raises CommandError when a port is in use."""
-        check_ports(self._ports)
+        check_ports(self._ports, self._host)
         try:
             for group in self.groups:
                 group.start()
@@ -116,7 +119,7 @@ class LocalService:
         return "".join(f"\n{line}" for line in lines)
 
     def _is_up(self, group: ProcessGroup) -> bool:
-        return group.name not in self._ports or is_up(f"http://{HOST}:{self._ports[group.name]}")
+        return group.name not in self._ports or is_up(f"http://{self._host}:{self._ports[group.name]}")
 
     def wait(self) -> None:
         """Blocks while every server runs. Raises ServiceError when one has ended."""
@@ -239,12 +242,12 @@ def default_sp_size() -> int:
     return 1 if num_gpus() == 1 else 2
 
 
-def check_ports(ports: dict[str, int]) -> None:
+def check_ports(ports: dict[str, int], host: str = HOST) -> None:
     """Raises CommandError for the first port that is taken; `ports` maps what a port is for to its number."""
     for purpose, port in ports.items():
         if not 0 < port < 65536:
             raise CommandError(f"port {port} for the {purpose} does not exist: choose a smaller --port")
-        if why := why_not_free(HOST, port):
+        if why := why_not_free(host, port):
             raise CommandError(
                 f"port {port} for the {purpose} is not free ({why}): end what listens there, or choose another "
                 f"--port (it and the next {len(ports) - 1} are used)"
@@ -272,7 +275,7 @@ def server_group(
     command += ["--port", str(ports[name])]
     if not _has_replicas(arguments):  # which find theirs by themselves
         command += ["--nccl-port", str(ports[f"{name}'s ranks"])]
-    return ProcessGroup(name, [*command, *arguments], log_path, _SERVER_ENV)
+    return ProcessGroup(name, [*command, *arguments], log_path, SERVER_ENV)
 
 
 def _has_replicas(arguments: Sequence[str]) -> bool:
