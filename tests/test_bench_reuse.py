@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, next_port
+from conftest import FLOAT32, next_port, thorough
 from test_bench import SMALL, PretendedServers
 
 from sglang_apb import cli
@@ -88,6 +88,7 @@ def test_sizes_that_say_nothing_are_refused(
     assert sentence in capsys.readouterr().err
 
 
+@thorough
 @pytest.mark.server
 def test_real_servers_find_the_document_again(smollm2: Path, tmp_path: Path) -> None:
     output = tmp_path / "reuse.json"

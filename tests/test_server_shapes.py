@@ -54,6 +54,7 @@ def kinds(answers: list[Answer]) -> set[bool]:
     return {answer.prefill is not None for answer in answers}
 
 
+@thorough
 def test_several_servers_on_either_side_answer_alike(plain: Plain, log_dirs: Iterator[Path]) -> None:
     """Every decode server is sent KV by every prefill server: of two by two, all pairs come up in a dozen requests."""
     log_dir = next(log_dirs)
