@@ -116,8 +116,12 @@ class HostWatch:
 
     def start(self) -> None:
         """Raises HostGroupError when it cannot listen."""
-        for link in self._links:
-            link.open()
+        try:
+            for link in self._links:
+                link.open()
+        except HostGroupError:
+            self._context.destroy(linger=0)  # whoever collects a context with open sockets waits for ever
+            raise
         self._thread.start()
 
     def stop(self) -> None:
