@@ -26,8 +26,14 @@ logger = logging.getLogger(__name__)
 
 # Once a rank of this host has failed: as long as the watch may take to tell that another host is why.
 _VERDICT_S = 3.0
-# For answers to leave, and for ranks that were told to end to do so.
+# For answers to leave.
 _GRACE_S = 1.0
+# On other hosts, whose ranks the first one may have told to end.
+_FOLLOWERS_GRACE_S = 4.0
+# At most: SGLang's event loop may be reading a long prompt.
+_ANSWER_S = 5.0
+# SGLang gives its schedulers 15 s to end when it was told to.
+_DRAIN_S = 30.0
 
 
 class _Ending:
@@ -52,23 +58,38 @@ class _Ending:
         self._end(self._reason or "A rank of the first host has failed; its log says why.")
 
     def _end(self, reason: str) -> None:
+        manager = self.manager
+        if manager is not None and manager.gracefully_exit:
+            time.sleep(_DRAIN_S)  # the others end first then; what goes on after that waits for them
         if not self._begun.acquire(blocking=False):
             return
-        manager = self.manager
-        if manager is not None and manager.gracefully_exit and not manager.rid_to_state:
-            return  # the others have heard of it, and end first
         logger.error("%s This host's ranks end, too.", reason)
-        if manager is not None:
-            manager.event_loop.call_soon_threadsafe(_answer_clients, manager, reason)
-        time.sleep(_GRACE_S)
-        _end_server()
+        try:
+            if manager is not None:
+                _answer_clients(manager, reason)
+            time.sleep(_GRACE_S if manager is not None else _FOLLOWERS_GRACE_S)
+        finally:
+            _end_server()
 
 
 _ending = _Ending()
 
 
 def _answer_clients(manager: Any, reason: str) -> None:
-    """With HTTP 503 and the reason; SGLang's health check says so, too."""
+    """With HTTP 503 and the reason, in SGLang's event loop; returns when they have it."""
+    done = threading.Event()
+
+    def answer() -> None:
+        try:
+            _abort_all(manager, reason)
+        finally:
+            done.set()
+
+    manager.event_loop.call_soon_threadsafe(answer)
+    done.wait(_ANSWER_S)
+
+
+def _abort_all(manager: Any, reason: str) -> None:
     from sglang.srt.managers.io_struct import AbortReq
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
@@ -80,14 +101,19 @@ def _answer_clients(manager: Any, reason: str) -> None:
         "err_type": "ServiceUnavailable",
     }
     for rid in list(manager.rid_to_state):
-        manager._handle_abort_req(AbortReq(rid=rid, finished_reason=why))
+        try:
+            manager._handle_abort_req(AbortReq(rid=rid, finished_reason=why))
+        except Exception:
+            logger.exception("request %s could not be told why it ends", rid)
 
 
 def _end_server() -> None:
     from sglang.srt.utils import kill_process_tree
 
-    kill_process_tree(os.getpid(), include_parent=False)
-    os._exit(1)
+    try:
+        kill_process_tree(os.getpid(), include_parent=False, wait_timeout=None)
+    finally:
+        os._exit(1)
 
 
 def _start_watch(cls: type, server_args: Any, *_: Any, **__: Any) -> None:

@@ -138,10 +138,18 @@ class HostWatch:
         while reason is None:
             if self._wake in dict(poller.poll()):
                 break
-            reason = next(filter(None, (link.step(self._hello) for link in self._links)), None)
+            reason = self._look()
         if reason is not None:
             self._on_end(reason)
         self._context.destroy(linger=_LINGER_MS)
+
+    def _look(self) -> str | None:
+        """Why the group must end, if it must: also when nobody would watch any more."""
+        try:
+            return next(filter(None, (link.step(self._hello) for link in self._links)), None)
+        except Exception as error:
+            logger.exception("the watch over the other hosts failed")
+            return f"The watch over the other hosts failed ({type(error).__name__}: {error})."
 
 
 class _Link:
@@ -184,7 +192,10 @@ class _Link:
                 self._newest = event["value"]
             elif event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED and self._current < 0:
                 self._current = self._newest
-                self.socket.send(msgspec.msgpack.encode(hello), zmq.NOBLOCK)
+                try:
+                    self.socket.send(msgspec.msgpack.encode(hello), zmq.NOBLOCK)
+                except zmq.Again:  # it has gone since
+                    is_gone = True
             elif event["event"] == zmq.EVENT_DISCONNECTED:
                 is_gone |= event["value"] == self._current
         if self.socket.poll(0) and (difference := self._compare(hello, self.socket.recv())):

@@ -28,7 +28,8 @@ os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(
 thorough = pytest.mark.skipif(os.environ.get("SGLANG_APB_THOROUGH") != "1", reason="runs with SGLANG_APB_THOROUGH=1")
 
 # Each service gets ports of its own: those of the last one may still be closing.
-_ports = itertools.count(32000, 10)
+# Below those that the system gives to whoever connects (32768 and up), and those of other tests.
+_ports = itertools.count(12000, 10)
 
 
 def next_port() -> int:
