@@ -25,8 +25,9 @@ ended = threading.Event()
 def end(reason):
     print(reason, flush=True)
     ended.set()
-HostWatch(FirstHost("127.0.0.1", port), 3, number, settings, end).start()
+watch = HostWatch(FirstHost("127.0.0.1", port), 3, number, settings, end)
 print("started", flush=True)
+watch.start()
 ended.wait()
 """
 
