@@ -25,6 +25,7 @@ MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "sh
 CALLS = {"eval", "exec", "compile", "__import__", "recv_pyobj", "send_pyobj", "recv_serialized", "loads", "load"}
 # JSON, our own modules that read the user's files, and calls of that name that are something else.
 ALLOWED = {
+    ("tomllib", "loads"),
     *(("json", "loads"), ("backends", "load"), ("keys", "load"), ("transfer_keys", "load")),
     *(("tl", "load"), ("re", "compile")),
 }
