@@ -8,9 +8,7 @@ thread and connections of its own, in the process that started the host's ranks,
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, MutableMapping
@@ -109,7 +107,6 @@ class HostWatch:
         self._hello = Hello(socket.gethostname(), settings)
         self._on_end = on_end
         self._context = zmq.Context()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         others = range(1, num_hosts) if number == 0 else [0]
         self._links = [_Link(self._context, first, number, other) for other in others]
         self._thread = threading.Thread(target=self._run, name="host watch", daemon=True)
@@ -124,23 +121,14 @@ class HostWatch:
             raise
         self._thread.start()
 
-    def stop(self) -> None:
-        os.eventfd_write(self._wake, 1)
-        self._thread.join()
-
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._wake, zmq.POLLIN)
         for link in self._links:
             poller.register(link.monitor, zmq.POLLIN)
             poller.register(link.socket, zmq.POLLIN)
-        reason = None
-        while reason is None:
-            if self._wake in dict(poller.poll()):
-                break
-            reason = self._look()
-        if reason is not None:
-            self._on_end(reason)
+        while (reason := self._look()) is None:
+            poller.poll()
+        self._on_end(reason)
         self._context.destroy(linger=_LINGER_MS)
 
     def _look(self) -> str | None:
@@ -217,11 +205,3 @@ class _Link:
 
     def _shown(self) -> str:
         return f"Host {self._other} ({self._name})" if self._name else f"Host {self._other}"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is; a name is not, though it may stand for one."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

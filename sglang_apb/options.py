@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_apb import attention, backends, config, settings
-from sglang_apb.host_group import FirstHost, is_loopback
+from sglang_apb.host_group import FirstHost
 from sglang_apb.transfer.protocol import hosts, keys
 from sglang_apb.transfer.protocol.config import BACKEND, TransferConfig
 from sglang_apb.transfer.protocol.config import OPTION as TRANSFER_OPTION
@@ -230,7 +230,11 @@ def check_hosts(server_args: Any, sp_size: int) -> FirstHost | None:
     if server_args.dist_init_addr is None:
         raise OptionError(f"--nnodes {num_hosts} needs --dist-init-addr HOST:PORT, the first host's, the same on all")
     first = FirstHost.parse(server_args.dist_init_addr)
-    if uses_transfer(server_args) and is_loopback(server_args.host) and not is_loopback(first.host):
+    if (
+        uses_transfer(server_args)
+        and hosts.is_loopback_host(server_args.host)
+        and not hosts.is_loopback_host(first.host)
+    ):
         raise OptionError(
             f"--host {server_args.host} listens to this host alone, and ranks of other hosts register at "
             f"{first.host}: give --host an address of this host's"

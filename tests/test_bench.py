@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,19 @@ class PretendedServers:
 
     def __call__(self, model: str, *, port: int, log_dir: Path, arguments: Any, report: Any) -> PretendedServer:
         return PretendedServer(self, log_dir.name)
+
+
+def run_pretended(
+    kind: str, behaviour: dict[str, Answer], options: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, PretendedServers]:
+    """`bench KIND --backends one` on a small model's configuration, which it puts into `folder`."""
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(SMALL))
+    servers = PretendedServers(behaviour)
+    monkeypatch.setattr(compared, "check_ports", lambda ports: None)
+    monkeypatch.setattr(compared, "BenchServer", servers)
+    command = ["bench", kind, "--model", str(folder / "model"), "--log-dir", str(folder / "logs")]
+    return cli.main([*command, "--backends", "one", *options]), servers
 
 
 class PretendedServer:

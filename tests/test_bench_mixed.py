@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 from conftest import FLOAT32, next_port, thorough
-from test_bench import SMALL, PretendedServers
+from test_bench import PretendedServers, run_pretended
 
 from sglang_apb import cli
-from sglang_apb.commands.bench import compared
 from sglang_apb.commands.bench.load import Streamed, between_tokens, first_token
 
 SIZES = ["--long-prompt", "500", "--beside-rate", "10", "--long-prompts", "100,200,300", "--rate", "20"]
@@ -30,15 +29,8 @@ def at_once(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixed:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(SMALL))
-    monkeypatch.setattr(compared, "check_ports", lambda ports: None)
-
     def run(behaviour: dict[str, Any], *options: str) -> tuple[int, PretendedServers]:
-        servers = PretendedServers(behaviour)
-        monkeypatch.setattr(compared, "BenchServer", servers)
-        command = ["bench", "mixed", "--model", str(tmp_path / "model"), "--log-dir", str(tmp_path / "logs")]
-        return cli.main([*command, "--backends", "one", *SIZES, *options]), servers
+        return run_pretended("mixed", behaviour, [*SIZES, *options], tmp_path, monkeypatch)
 
     return run
 

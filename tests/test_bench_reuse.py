@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from conftest import FLOAT32, next_port, thorough
-from test_bench import SMALL, PretendedServers
+from test_bench import PretendedServers, run_pretended
 
 from sglang_apb import cli
-from sglang_apb.commands.bench import compared
 
 SIZES = ["--document", "300", "--questions", "3", "--question-tokens", "20", "--chat", "100,200", "--turns", "3"]
 
@@ -23,15 +22,8 @@ def with_cache(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, PretendedServers]]:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(SMALL))
-    monkeypatch.setattr(compared, "check_ports", lambda ports: None)
-
     def run(behaviour: dict[str, Any], *options: str) -> tuple[int, PretendedServers]:
-        servers = PretendedServers(behaviour)
-        monkeypatch.setattr(compared, "BenchServer", servers)
-        command = ["bench", "reuse", "--model", str(tmp_path / "model"), "--log-dir", str(tmp_path / "logs")]
-        return cli.main([*command, "--backends", "one", *SIZES, *options]), servers
+        return run_pretended("reuse", behaviour, [*SIZES, *options], tmp_path, monkeypatch)
 
     return run
 

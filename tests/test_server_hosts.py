@@ -24,7 +24,7 @@ from transfer_peers import wait_for
 from sglang_apb import cli
 from sglang_apb.commands.polling import is_up
 from sglang_apb.commands.processes import ProcessGroup
-from sglang_apb.commands.servers import LocalService
+from sglang_apb.commands.servers import SERVER_ENV, LocalService
 
 WHY_NOT = host_namespaces.why_not_here()
 pytestmark = [pytest.mark.server, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
@@ -37,8 +37,7 @@ PREFILL = (*TRANSFER, "--disaggregation-mode", "prefill", "--disaggregation-boot
 def server_on(hosts: Hosts, number: int, model: Path, log_dir: Path, *arguments: str) -> ProcessGroup:
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), *FLOAT32]
     command += ["--host", hosts.addresses[number], "--port", str(PORT), *arguments]
-    environment = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-    return ProcessGroup(f"host {number}", hosts.command(number, command), log_dir / f"host-{number}.log", environment)
+    return ProcessGroup(f"host {number}", hosts.command(number, command), log_dir / f"host-{number}.log", SERVER_ENV)
 
 
 def group_over(hosts: Hosts, num_hosts: int, model: Path, log_dir: Path, *arguments: str) -> list[ProcessGroup]:

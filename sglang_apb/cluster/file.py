@@ -16,7 +16,7 @@ name = "prefill0"
 role = "prefill"
 hosts = ["a", "b"]                     # which share its ranks
 ranks = 2
-port = 30100                           # and the next ones: see `ports_of`
+port = 30100                           # and the next ones: see `ports_on`
 
 [[servers]]
 name = "decode0"
@@ -27,14 +27,15 @@ port = 30200
 
 from __future__ import annotations
 
-import ipaddress
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+
+from sglang_apb.transfer.protocol.hosts import is_loopback_host
 
 PREFILL, DECODE = "prefill", "decode"
 # Of a server's ports, from its `port` on; the KV of rank i of a host leaves at KV + i.
@@ -169,7 +170,7 @@ class ClusterFile(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def is_local(self) -> bool:
-        return all(_is_loopback(address) for address in self.hosts.values())
+        return all(is_loopback_host(address) for address in self.hosts.values())
 
 
 def read(path: Path) -> ClusterFile:
@@ -238,31 +239,24 @@ def _problems_of(server: Server, cluster: ClusterFile) -> Iterator[str]:
 
 
 def _ports_twice(cluster: ClusterFile, host: str) -> Iterator[str]:
-    users: dict[int, list[str]] = {}
-    for what, port in cluster.ports_on(host).items():
-        users.setdefault(port, []).append(what)
-    for port, several in users.items():
-        if len(several) > 1:
-            yield f"port {port} of host {host} is used twice: {' and '.join(several)}"
+    for port, users in _shared((port, what) for what, port in cluster.ports_on(host).items()):
+        yield f"port {port} of host {host} is used twice: {users}"
 
 
 def _gpus_twice(cluster: ClusterFile, host: str) -> Iterator[str]:
     """Of servers that say which GPUs are theirs."""
+    placed = [(server.first_gpu, server) for server in cluster.servers_on(host) if server.first_gpu is not None]
+    gpus = ((first + i, server.name) for first, server in placed for i in range(server.ranks_on_a_host))
+    for gpu, users in _shared(gpus):
+        yield f"GPU {gpu} of host {host} is used twice: {users}; give one another first_gpu"
+
+
+def _shared(pairs: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    """Numbers that several have, with their names."""
     users: dict[int, list[str]] = {}
-    for server in cluster.servers_on(host):
-        first = server.first_gpu
-        for gpu in range(0) if first is None else range(first, first + server.ranks_on_a_host):
-            users.setdefault(gpu, []).append(server.name)
-    for gpu, several in users.items():
-        if len(several) > 1:
-            yield f"GPU {gpu} of host {host} is used twice: {' and '.join(several)}; give one another first_gpu"
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
+    for number, name in pairs:
+        users.setdefault(number, []).append(name)
+    yield from ((number, " and ".join(names)) for number, names in users.items() if len(names) > 1)
 
 
 def _with_known_fields(error: str) -> str:

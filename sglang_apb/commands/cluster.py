@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sglang_apb.cluster import keys
-from sglang_apb.cluster.file import ClusterError, ClusterFile, read
+from sglang_apb.cluster.file import ClusterError, ClusterFile
 from sglang_apb.commands import CommandError
+from sglang_apb.commands.cluster_host import check_host, read_file
 
 HELP = "check a cluster's file, and make its keys"
 _CONNECT_TIMEOUT_S = 3.0
@@ -29,11 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    cluster = _read(args.file)
+    cluster = read_file(args.file)
     if args.connect and not args.host:
         raise CommandError("--connect tries from here: say with --host which of the hosts this is")
     if args.host:
-        _check_host(cluster, args.host)
+        check_host(cluster, args.host)
         if found := [lack for server in cluster.servers_on(args.host) if (lack := keys.lack(cluster, server))]:
             raise CommandError("\n".join(found))
     if args.connect and (found := list(_unreachable(cluster, args.host))):
@@ -46,23 +47,11 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_keys(args: argparse.Namespace) -> int:
     try:
-        for folder in keys.write(_read(args.file)):
+        for folder in keys.write(read_file(args.file)):
             print(f"{folder}: copy it to this server's hosts, and to no other")
     except ClusterError as error:
         raise CommandError(str(error)) from error
     return 0
-
-
-def _read(path: Path) -> ClusterFile:
-    try:
-        return read(path)
-    except ClusterError as error:
-        raise CommandError(str(error)) from error
-
-
-def _check_host(cluster: ClusterFile, host: str) -> None:
-    if host not in cluster.hosts:
-        raise CommandError(f"--host {host} is not among the file's hosts: {', '.join(cluster.hosts)}")
 
 
 def _unreachable(cluster: ClusterFile, host: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from sglang_apb.cluster.file import PREFILL, ClusterFile, Server
+from sglang_apb.cluster.file import PREFILL, ClusterError, ClusterFile, Server, read
 from sglang_apb.cluster.keys import transfer_config
 from sglang_apb.commands import CommandError
 from sglang_apb.commands.processes import ProcessGroup
@@ -22,12 +22,25 @@ _ROUTER = (
 )
 
 
+def read_file(path: Path) -> ClusterFile:
+    """Raises CommandError."""
+    try:
+        return read(path)
+    except ClusterError as error:
+        raise CommandError(str(error)) from error
+
+
+def check_host(cluster: ClusterFile, host: str) -> None:
+    """Raises CommandError."""
+    if host not in cluster.hosts:
+        raise CommandError(f"--host {host} is not among the file's hosts: {', '.join(cluster.hosts)}")
+
+
 class ClusterHost(LocalService):
     """Everything of `cluster` that belongs on `host`, and nothing else. Raises CommandError where that is nothing."""
 
     def __init__(self, cluster: ClusterFile, host: str, log_dir: Path, report: Report | None = None):
-        if host not in cluster.hosts:
-            raise CommandError(f"--host {host} is not among the file's hosts: {', '.join(cluster.hosts)}")
+        check_host(cluster, host)
         address = cluster.address(host)
         groups = [server_group(cluster, server, host, log_dir) for server in cluster.servers_on(host)]
         self._has_router = cluster.router.host == host

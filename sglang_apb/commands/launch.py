@@ -9,9 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sglang_apb.cluster.file import ClusterError, read
 from sglang_apb.commands import CommandError
-from sglang_apb.commands.cluster_host import ClusterHost
+from sglang_apb.commands.cluster_host import ClusterHost, read_file
 from sglang_apb.commands.servers import STARTUP_TIMEOUT_S, LocalCluster, LocalService, default_sp_size
 
 HELP = "start a prefill/decode cluster on this machine"
@@ -59,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _host(args: argparse.Namespace) -> ClusterHost:
-    try:
-        cluster = read(args.cluster)
-    except ClusterError as error:
-        raise CommandError(str(error)) from error
+    cluster = read_file(args.cluster)
     log_dir: Path = args.log_dir or Path(cluster.log_dir) / args.host
     _say(f"logs in {log_dir.absolute()}")
     return ClusterHost(cluster, args.host, log_dir, _say)

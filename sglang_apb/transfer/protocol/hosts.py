@@ -39,6 +39,14 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
+def is_loopback_host(host: str) -> bool:
+    """The same of what a user gave: of names `localhost` alone counts, though others may stand for such an address."""
+    try:
+        return is_loopback(host)
+    except ValueError:
+        return host == "localhost"
+
+
 def why_not_free(host: str, port: int) -> str:
     """Why nobody can listen there; "" when one can, or when it is not for another to have the port."""
     try:
