@@ -192,14 +192,17 @@ def test_answers_in_a_given_form(pair: LocalCluster) -> None:
 
 
 def test_a_request_that_one_half_alone_has_is_given_up(pair: LocalCluster) -> None:
-    """At once where prefill has refused it, else after `contact_seconds`."""
+    """At once where the other half has refused it, before it came or after, else after `contact_seconds`."""
     prefill, decode = halves_of(pair)
     fields = {"bootstrap_host": HOST, "bootstrap_port": prefill.bootstrap_port}
-    refused = Half(decode.url, {"input_ids": PROMPT[:60], "bootstrap_room": 81} | fields)
     body = {"input_ids": PROMPT[:60], "bootstrap_room": 81, "sampling_params": {"top_p": 7}} | fields
+    refused = Half(decode.url, {"input_ids": PROMPT[:60], "bootstrap_room": 81} | fields)
     assert post(prefill.url, **body).status_code == requests.codes.bad_request
     refused.join(15)
     assert "top_p must be in (0, 1], got 7" in refused.text, refused.text
+    assert post(prefill.url, **body | {"bootstrap_room": 84}).status_code == requests.codes.bad_request
+    answer = post(decode.url, input_ids=PROMPT[:60], bootstrap_room=84, **fields)
+    assert "top_p must be in (0, 1], got 7" in answer.text, answer.text
     sampling = {"max_new_tokens": 2}
     refused = Half(prefill.url, {"input_ids": PROMPT[:60], "bootstrap_room": 83, "sampling_params": sampling} | fields)
     body |= {"bootstrap_room": 83}

@@ -490,6 +490,18 @@ def test_who_waits_for_a_request_that_prefill_refuses_hears_why(is_asked_first: 
         assert received(served), served.reason
 
 
+def test_prefill_that_has_refused_a_request_is_still_known(pair: Pair) -> None:
+    """Refused before decode expects it; decode refuses the next one, and tells it so."""
+    pair.peers.senders[0].refuse(7, "The prompt is too long here.")
+    receiver = pair.receiver(7)
+    assert wait_for(lambda: receiver.poll() == KVPoll.Failed)
+    check_failed(receiver, "The prompt is too long here.")
+    sender = pair.sender(8)
+    pair.decode.refuse_room(ADDRESS, 8, "The prompt is too long there.")
+    assert wait_for(lambda: sender.poll() == KVPoll.Failed)
+    check_failed(sender, "The prompt is too long there.")
+
+
 def test_a_request_that_never_comes_to_prefill_is_given_up() -> None:
     """Not while the scheduler computes: it has not looked then."""
     with cluster() as peers:

@@ -169,8 +169,9 @@ class ZmqKVReceiver(Polled, CommonKVReceiver):
         return KVPoll.WaitingForInput if timed_out is None else timed_out
 
     def _lose_ranks(self, failure: Failure) -> None:
-        """A prefill rank is gone while this request waits for KV memory. Called by the endpoint's thread."""
-        self.kv_mgr.forget_prefill(self.bootstrap_addr)
+        """A prefill rank is gone, or has refused, while this request waits for KV memory. In the endpoint's thread."""
+        if failure.cause is Cause.LOST:
+            self.kv_mgr.forget_prefill(self.bootstrap_addr)
         self._lost = failure
 
     def _end(self, failure: Failure) -> None:
