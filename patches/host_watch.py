@@ -3,16 +3,20 @@
 
 Reason: ranks over several hosts. When a host is gone, the others' ranks wait for it in a collective, and their clients
 with them, or SGLang closes connections without a word. Here the first host answers its clients with the cause, and then
-each host ends, so that whoever started them can start them anew. Official point tried: `--custom-sigquit-handler` is
-not asked any more once the server answers requests.
+each host ends, so that whoever started them can start them anew; also when a rank of its own was killed, which SGLang
+sees on the first host alone. Official point tried: `--custom-sigquit-handler` is not asked any more once the server
+answers requests.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -116,7 +120,25 @@ def _end_server() -> None:
         os._exit(1)
 
 
-def _start_watch(cls: type, server_args: Any, *_: Any, **__: Any) -> None:
+def _watch_hosts_and_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.utils.watchdog import SubprocessWatchdog
+
+    _watch_hosts(server_args)
+    result, ranks = original(cls, server_args, *args, **kwargs)
+    if insides.resolved(server_args).node_rank:  # on the first host SGLang sees to both
+        SubprocessWatchdog(ranks).start()  # the first rank that fails ends the host, not only the first in order
+        result.block_until_scheduler_exits = partial(_wait, result.block_until_scheduler_exits, ranks)
+    return result, ranks
+
+
+def _wait(until_ranks_end: Callable[[], None], ranks: Sequence[Any]) -> None:
+    """Ends this host with a status where a rank has failed; SGLang's own is 0."""
+    until_ranks_end()
+    if any(rank.exitcode for rank in ranks):
+        sys.exit(1)
+
+
+def _watch_hosts(server_args: Any) -> None:
     view, options = insides.resolved(server_args), insides.options_of(server_args)
     settings = {
         "sglang": SGLANG_VERSION,
@@ -142,7 +164,7 @@ def _end_with_a_reason(original: Any, self: Any, signum: Any = None, frame: Any 
 
 
 PATCHES = (
-    Patch("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", "before", None, _start_watch),
+    Patch("sglang.srt.entrypoints.engine.Engine._launch_scheduler_processes", "around", None, _watch_hosts_and_ranks),
     Patch(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop", "after", ("self",), _remember
     ),

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import psutil
@@ -146,7 +146,10 @@ class _Link:
     def __init__(self, context: zmq.Context, first: FirstHost, number: int, other: int) -> None:
         self._first, self._number, self._other = first, number, other
         self._name = ""
-        self._newest = self._current = -1  # connections
+        self._is_there = False
+        # Connections by their numbers: all, and those of which one is the other host's.
+        self._open: set[int] = set()
+        self._theirs: set[int] = set()
         self.socket = context.socket(zmq.PAIR)
         # Both ping: what either sends ends the other's watch until its own next ping.
         self.socket.setsockopt(zmq.HEARTBEAT_IVL, PING_MS)
@@ -173,22 +176,29 @@ class _Link:
 
     def step(self, hello: Hello) -> str | None:
         """Takes what has come. Why the group must end, if it must."""
-        is_gone = False
         while self.monitor.poll(0):
-            event = parse_monitor_message(self.monitor.recv_multipart())
-            if event["event"] & _CONNECTED:
-                self._newest = event["value"]
-            elif event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED and self._current < 0:
-                self._current = self._newest
-                try:
-                    self.socket.send(msgspec.msgpack.encode(hello), zmq.NOBLOCK)
-                except zmq.Again:  # it has gone since
-                    is_gone = True
-            elif event["event"] == zmq.EVENT_DISCONNECTED:
-                is_gone |= event["value"] == self._current
-        if self.socket.poll(0) and (difference := self._compare(hello, self.socket.recv())):
-            return difference
-        return f"{self._shown()} is gone: it has ended, hangs, or cannot be reached." if is_gone else None
+            self._take(parse_monitor_message(self.monitor.recv_multipart()), hello)
+        if self.socket.poll(0):
+            message = self.socket.recv(copy=False)
+            self._theirs &= {message.get(zmq.SRCFD)}
+            if difference := self._compare(hello, message.bytes):
+                return difference
+        if self._is_there and not self._theirs:
+            return f"{self._shown()} is gone: it has ended, hangs, or cannot be reached."
+        return None
+
+    def _take(self, event: Any, hello: Hello) -> None:
+        if event["event"] & _CONNECTED:
+            self._open.add(event["value"])
+        elif event["event"] == zmq.EVENT_DISCONNECTED:
+            self._open.discard(event["value"])
+            self._theirs.discard(event["value"])
+        elif not self._is_there:  # a handshake, but not of which connection
+            self._is_there, self._theirs = True, set(self._open)
+            try:
+                self.socket.send(msgspec.msgpack.encode(hello), zmq.NOBLOCK)
+            except zmq.Again:  # it has gone since
+                self._theirs.clear()
 
     def _compare(self, ours: Hello, message: bytes) -> str | None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -91,6 +92,24 @@ def test_whoever_knocks_and_goes_changes_nothing(three: list[Host]) -> None:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
     time.sleep(4)
     assert all(host.process.poll() is None for host in three)
+
+
+def test_a_stranger_that_comes_just_before_a_host_is_not_taken_for_it() -> None:
+    port = next_port()
+    first = Host(port, 0)
+    time.sleep(0.5)
+    with contextlib.ExitStack() as strangers:
+        for other in (1, 2):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", port + other)))
+        others = [Host(port, 1), Host(port, 2)]
+        for other in (1, 2):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", port + other)))
+        time.sleep(1)
+    time.sleep(1)
+    assert all(host.process.poll() is None for host in (first, *others))
+    others[0].process.kill()
+    assert first.reason().startswith("Host 1 (")
+    assert others[1].reason().startswith("Host 0 (")
 
 
 def test_hosts_that_were_started_otherwise_do_not_go_together() -> None:

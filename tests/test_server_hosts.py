@@ -207,3 +207,18 @@ def test_when_a_host_is_gone_clients_hear_why_and_the_group_ends(
         ended = [groups[0]] if how == "stopped" else groups
         assert wait_for(lambda: all(group.exit_status is not None for group in ended), 10)
         assert groups[0].exit_status == 1
+
+
+@thorough
+def test_a_host_whose_rank_is_killed_ends_with_a_status(
+    hosts: Callable[[int], Hosts], smollm2: Path, log_dirs: Iterator[Path]
+) -> None:
+    """SGLang would wait for the host's ranks in order, and end with status 0."""
+    here = hosts(2)
+    groups, url = group_over(here, 2, smollm2, next(log_dirs)), f"http://{here.addresses[0]}:{PORT}"
+    with started(groups, url):
+        ranks = [each for each in here.processes(1) if each.cmdline()[0].startswith("sglang::scheduler")]
+        assert len(ranks) == 1
+        ranks[0].kill()
+        assert wait_for(lambda: all(group.exit_status is not None for group in groups), 10)
+        assert all(group.exit_status for group in groups), [group.exit_status for group in groups]
