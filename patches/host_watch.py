@@ -15,9 +15,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from http import HTTPStatus
+from multiprocessing.connection import wait
 from typing import Any
 
 from sglang_apb.patches import insides
@@ -121,21 +122,24 @@ def _end_server() -> None:
 
 
 def _watch_hosts_and_ranks(original: Any, cls: type, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    from sglang.srt.utils.watchdog import SubprocessWatchdog
-
     _watch_hosts(server_args)
     result, ranks = original(cls, server_args, *args, **kwargs)
-    if insides.resolved(server_args).node_rank:  # on the first host SGLang sees to both
-        SubprocessWatchdog(ranks).start()  # the first rank that fails ends the host, not only the first in order
-        result.block_until_scheduler_exits = partial(_wait, result.block_until_scheduler_exits, ranks)
+    result.block_until_scheduler_exits = partial(_wait, ranks)  # only called on hosts other than the first
     return result, ranks
 
 
-def _wait(until_ranks_end: Callable[[], None], ranks: Sequence[Any]) -> None:
-    """Ends this host with a status where a rank has failed; SGLang's own is 0."""
-    until_ranks_end()
-    if any(rank.exitcode for rank in ranks):
-        sys.exit(1)
+def _wait(ranks: Sequence[Any]) -> None:
+    """Returns when all have ended. The first that has failed ends this host; SGLang waits for them in order, and ends
+    with status 0.
+    """
+    running = {rank.sentinel: rank for rank in ranks}
+    while running:
+        for sentinel in wait(list(running)):
+            rank = running.pop(sentinel)
+            rank.join()  # what the sentinel tells is a moment before there is a status
+            if rank.exitcode:
+                logger.error("Rank process %d has ended with %d. This host's ranks end, too.", rank.pid, rank.exitcode)
+                sys.exit(1)
 
 
 def _watch_hosts(server_args: Any) -> None:

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import next_port
+from transfer_peers import wait_for
 
 from sglang_apb.host_group import FirstHost, HostGroupError, HostWatch, Route, route_to, use_route
 
@@ -94,22 +96,42 @@ def test_whoever_knocks_and_goes_changes_nothing(three: list[Host]) -> None:
     assert all(host.process.poll() is None for host in three)
 
 
-def test_a_stranger_that_comes_just_before_a_host_is_not_taken_for_it() -> None:
-    port = next_port()
-    first = Host(port, 0)
-    time.sleep(0.5)
-    with contextlib.ExitStack() as strangers:
-        for other in (1, 2):
-            strangers.enter_context(socket.create_connection(("127.0.0.1", port + other)))
-        others = [Host(port, 1), Host(port, 2)]
-        for other in (1, 2):
-            strangers.enter_context(socket.create_connection(("127.0.0.1", port + other)))
+def test_a_stranger_that_comes_between_a_hosts_connection_and_its_greeting_is_not_taken_for_it() -> None:
+    port, relayed = next_port(), next_port()
+    with contextlib.ExitStack() as stack:
+        first = Host(port, 0)
+        stack.callback(first.process.kill)
+        assert wait_for(lambda: not why_not_there(port + 1))
+        with socket.create_server(("127.0.0.1", relayed + 1)) as door:
+            second = Host(relayed, 1)
+            stack.callback(second.process.kill)
+            there = door.accept()[0]
+        here = socket.create_connection(("127.0.0.1", port + 1))
+        with socket.create_connection(("127.0.0.1", port + 1)):
+            for ways in ((here, there), (there, here)):
+                threading.Thread(target=relay, args=ways, daemon=True).start()
+            time.sleep(1)
         time.sleep(1)
-    time.sleep(1)
-    assert all(host.process.poll() is None for host in (first, *others))
-    others[0].process.kill()
-    assert first.reason().startswith("Host 1 (")
-    assert others[1].reason().startswith("Host 0 (")
+        assert first.process.poll() is None and second.process.poll() is None
+        second.process.kill()
+        assert first.reason().startswith("Host 1 (")
+
+
+def why_not_there(port: int) -> str:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def relay(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    for each in (source, target):
+        with contextlib.suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
 
 
 def test_hosts_that_were_started_otherwise_do_not_go_together() -> None:
